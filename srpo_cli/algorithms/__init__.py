@@ -1,0 +1,1 @@
+"""Training algorithms: rollouts and rewards in, gradients and metrics out."""

@@ -1,0 +1,402 @@
+"""SRPO on Direct-Align (arXiv:2509.06942): a known noise, one model call, one relative reward, one gradient.
+
+A rollout is re-noised to a level that the draws pick, the model is called once, the known noise is removed in
+closed form, and the picture that comes out is judged against a desired and an undesired text. Denoising draws
+step down in noise and raise the relative reward; inverting draws step up and push it down. Both train the
+model the same way.
+
+The draws come in two schedule modes: :class:`SigmaDraws`, in the model's own noise levels, and
+:class:`ReferenceDraws`, in the indices and the float32 arithmetic of the authors' training script.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from srpo_cli.core.curves import hinge, linear_curve
+from srpo_cli.core.recover import add_noise, recover
+from srpo_cli.core.relative import Branch, WordWeights, branch_weights, relative_reward, swapped, upstream
+from srpo_cli.core.schedule import expand_to, shifted_sigmas, truncate_to_clock
+from srpo_cli.errors import UsageError
+
+BRANCHES: tuple[Branch, ...] = ("denoise", "invert")
+
+
+class Model(Protocol):
+    """What SRPO asks of a model family; see :class:`srpo_cli.models.flux.Flux`."""
+
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Any, guidance: float, size: tuple[int, int]
+    ) -> Tensor: ...
+
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor: ...
+
+
+class Reward(Protocol):
+    """What SRPO asks of a reward; see :class:`srpo_cli.rewards.clip.ClipReward`."""
+
+    def scores(self, images: Tensor, *texts: Sequence[str]) -> tuple[Tensor, ...]: ...
+
+
+class ImageTransform(Protocol):
+    """A random, differentiable change of pictures; see :class:`srpo_cli.rewards.augment.Augment`."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Clean latents and all that belongs to them.
+
+    Attributes:
+        x_0: clean latents, (B, ...), from the sampler or from real pictures; constant.
+        eps: noise to mix into them, shaped like ``x_0``: the rollout's own start, or fresh.
+        prompts: B prompts, without control words.
+        conditioning: the model's encoding of the prompts.
+        size: height and width of the pictures, px.
+    """
+
+    x_0: Tensor
+    eps: Tensor
+    prompts: Sequence[str]
+    conditioning: Any
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ControlWords:
+    """Lists of desired and undesired words, of which step ``n`` uses the n-th, round and round.
+
+    ``template`` makes the text that the reward reads; the model itself only sees the plain prompt.
+    """
+
+    positive: Sequence[str]
+    negative: Sequence[str]
+    template: str = "{word}. {prompt}"
+
+    def __post_init__(self) -> None:
+        if not self.positive or not self.negative:
+            raise UsageError("control_words needs at least one positive and one negative word.")
+
+    def at(self, step: int) -> tuple[str, str]:
+        """The positive and the negative word of a step."""
+        return self.positive[step % len(self.positive)], self.negative[step % len(self.negative)]
+
+    def texts(self, word: str, prompts: Sequence[str]) -> list[str]:
+        """Each prompt with ``word`` put to it."""
+        return [self.template.format(word=word, prompt=prompt) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One call of the model: where noise goes in, where the rest is taken out, how the words weigh. All (B,).
+
+    Attributes:
+        branch: "denoise" (recovers below ``sigma``) or "invert" (above).
+        sigma: noise level that the model is shown, in (0, 1].
+        sigma_model: noise level that the model is told.
+        sigma_recover: level at which the known noise is removed, in [0, 1).
+        positive_weight, negative_weight: signed weights of the rewards for the two texts.
+    """
+
+    branch: Branch
+    sigma: Tensor
+    sigma_model: Tensor
+    sigma_recover: Tensor
+    positive_weight: Tensor
+    negative_weight: Tensor
+
+    @property
+    def delta_sigma(self) -> Tensor:
+        """Length of the step; positive while denoising, negative while inverting."""
+        return self.sigma - self.sigma_recover
+
+    @property
+    def word_weights(self) -> WordWeights:
+        return WordWeights(self.positive_weight, self.negative_weight)
+
+    def to(self, device: torch.device) -> Injection:
+        """The same on another device."""
+        return Injection(self.branch, *(tensor.to(device) for tensor in list(vars(self).values())[1:]))
+
+
+class Draws:
+    """Where in the schedule the gradient pairs of a rollout are taken: one :class:`Injection` per branch."""
+
+    shared: bool = False
+
+    def draw(self, batch: int, generator: torch.Generator) -> list[Injection]:
+        """One pair for ``batch`` samples, drawn from a CPU ``generator``."""
+        raise NotImplementedError
+
+    def pairs(self, batch: int, count: int, generator: torch.Generator) -> list[list[Injection]]:
+        """``count`` pairs for one rollout: independent draws, or one for all of them where ``shared``."""
+        if self.shared:
+            return [self.draw(batch, generator)] * count
+        return [self.draw(batch, generator) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class SigmaDraws(Draws):
+    """Draws in noise levels: each sample gets its own, uniform over a window.
+
+    Both branches of a pair recover at the same level, where their gains are equal and opposite; denoising
+    comes from ``delta_sigma`` above it, inverting from ``delta_sigma`` below, and both calls stay inside the
+    window. They reach every level of the window if ``delta_sigma`` is at most a quarter of its width.
+
+    Attributes:
+        window: lowest and highest sigma at which the model is called, in (0, 1).
+        delta_sigma: length of the one model step, in sigma; at most half of the window's width.
+        branches: which branches a pair has.
+        semantic_weight: weight of desired minus undesired, at the low and the high end of the window.
+        common_weight: weight of the plain reward, likewise; :func:`srpo_cli.core.relative.branch_weights`.
+        shared: one draw for all pairs of a rollout.
+    """
+
+    window: tuple[float, float]
+    delta_sigma: float
+    branches: Sequence[Branch] = BRANCHES
+    semantic_weight: tuple[float, float] = (1.0, 1.0)
+    common_weight: tuple[float, float] = (0.0, 0.0)
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.window
+        if not 0 < low < high < 1:
+            raise UsageError(f"algorithm.window {list(self.window)} must be two rising noise levels in (0, 1).")
+        if not 0 < 2 * self.delta_sigma <= high - low:
+            raise UsageError(
+                f"algorithm.delta_sigma {self.delta_sigma} must be positive and at most {(high - low) / 2:.4g}, "
+                f"half the width of algorithm.window {list(self.window)}."
+            )
+
+    def draw(self, batch: int, generator: torch.Generator) -> list[Injection]:
+        low, high = self.window[0] + self.delta_sigma, self.window[1] - self.delta_sigma
+        return self.at(low + (high - low) * torch.rand(batch, generator=generator))
+
+    def at(self, sigma_recover: Tensor) -> list[Injection]:
+        """The pair that recovers at the given levels, (B,)."""
+        semantic = linear_curve(sigma_recover, self.window, self.semantic_weight)
+        common = linear_curve(sigma_recover, self.window, self.common_weight)
+        pair = []
+        for branch in self.branches:
+            sigma = sigma_recover + (self.delta_sigma if branch == "denoise" else -self.delta_sigma)
+            weights = branch_weights(branch, semantic, common)
+            pair.append(Injection(branch, sigma, sigma, sigma_recover, *weights))
+        return pair
+
+
+@dataclass(frozen=True)
+class ReferenceDraws(Draws):
+    """The draws of the authors' FLUX script: one integer timestep for all samples and all pairs of a rollout.
+
+    A timestep counts upwards with the noise, an index into ``sigmas`` counts downwards. All tables and
+    differences are float32, in the script's order of operations; where the step is short they are small
+    differences of nearly equal numbers, and float64 would give other gradients.
+
+    Attributes:
+        train_timestep: indices into the shifted sampling schedule that bound the window, noisy end first.
+        schedule_steps, shift: that schedule.
+        timestep_length: points of the linear grid over the window.
+        groundtruth_ratio: share of the window that is covered by the known noise; the model covers the rest.
+        discount_pos, discount_inv: ``k`` of the two branches, at the clean and the noisy end of the window.
+        minimum_timestep: timesteps nearer than this to either end of the grid are not drawn.
+        branches: which branches a pair has.
+    """
+
+    train_timestep: tuple[int, int] = (5, 25)
+    schedule_steps: int = 50
+    shift: float = 3.0
+    timestep_length: int = 1000
+    groundtruth_ratio: float = 0.9
+    discount_pos: tuple[float, float] = (0.1, 0.25)
+    discount_inv: tuple[float, float] = (0.3, 0.01)
+    minimum_timestep: int = 5
+    branches: Sequence[Branch] = BRANCHES
+    shared: bool = True
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """The window's noise levels, decreasing, (timestep_length,) float32."""
+        schedule = shifted_sigmas(self.schedule_steps, self.shift)
+        first, last = self.train_timestep
+        return torch.linspace(schedule[first], schedule[last], self.timestep_length)
+
+    def discounts(self, branch: Branch) -> Tensor:
+        """``k`` by timestep, (timestep_length,) float32."""
+        ends = self.discount_pos if branch == "denoise" else self.discount_inv
+        return torch.linspace(*ends, self.timestep_length)
+
+    def draw(self, batch: int, generator: torch.Generator) -> list[Injection]:
+        last = self.timestep_length - self.minimum_timestep
+        return self.at(int(torch.randint(self.minimum_timestep, last + 1, (), generator=generator)), batch)
+
+    def at(self, timestep: int, batch: int = 1) -> list[Injection]:
+        """The pair at a given timestep, the same for all ``batch`` samples."""
+        step = math.floor((1 - self.groundtruth_ratio) * self.timestep_length) + 1
+        step = min(step, self.timestep_length - timestep, timestep)
+        return [self._injection(branch, timestep, step, batch) for branch in self.branches]
+
+    def _injection(self, branch: Branch, timestep: int, step: int, batch: int) -> Injection:
+        clean = timestep if branch == "denoise" else max(timestep - step, 1)
+        noisy = min(clean + step, self.timestep_length)
+        called, recovered = (noisy, clean) if branch == "denoise" else (clean, noisy)
+        sigma = self.sigmas[self.timestep_length - called].expand(batch)
+        sigma_recover = self.sigmas[self.timestep_length - recovered].expand(batch)
+        weights = upstream(self.discounts(branch)[clean])
+        if branch == "invert":
+            weights = swapped(weights)
+        expanded = (torch.as_tensor(weight).float().expand(batch) for weight in weights)
+        return Injection(branch, sigma, truncate_to_clock(sigma), sigma_recover, *expanded)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one branch computed, detached; (B, ...) tensors in the order in which they came to be.
+
+    ``loss`` is per sample, after sample weights and before the batch mean and ``scale``; ``x_0_hat_grad`` is
+    the gradient of the scaled loss, the one tensor that the transformer's backward pass starts from.
+    """
+
+    branch: Branch
+    x_t: Tensor
+    model_out: Tensor
+    x_0_hat: Tensor
+    images: Tensor
+    r_positive: Tensor
+    r_negative: Tensor
+    reward: Tensor
+    loss: Tensor
+    x_0_hat_grad: Tensor
+
+
+class SRPO:
+    """Accumulates SRPO's gradients into a model.
+
+    Args:
+        model: the family that is trained.
+        reward: any reward that compares pictures with texts.
+        control_words: the words whose difference is the direction of the training.
+        guidance: distilled guidance of the training forward.
+        hinge: margin of the loss, see :func:`srpo_cli.core.curves.hinge`; None for the plain negative reward.
+        augment: random change of the pictures before the reward sees them; None for none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        reward: Reward,
+        control_words: ControlWords,
+        *,
+        guidance: float,
+        hinge: float | None = None,
+        augment: ImageTransform | None = None,
+    ) -> None:
+        self.model = model
+        self.reward = reward
+        self.control_words = control_words
+        self.guidance = guidance
+        self.hinge = hinge
+        self.augment = augment
+
+    def backward(
+        self,
+        rollout: Rollout,
+        injections: Sequence[Injection],
+        step: int,
+        *,
+        weights: Tensor | None = None,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, float]:
+        """Add the gradient of one or more branches to the model's parameters.
+
+        Args:
+            rollout: B samples.
+            injections: the branches to run, in order; usually one pair of draws.
+            step: number of the step, which picks the control words.
+            weights: loss weight per sample, (B,); 1 if not given. See
+                :meth:`srpo_cli.core.target.Target.weights`.
+            scale: factor on each branch's mean loss; ``1 / len(injections)`` if not given.
+            generator: CPU generator of the augmentation.
+
+        Returns the loss summed over branches, and by branch the mean loss (scaled), reward and gap
+        (reward of the positive text minus that of the negative).
+        """
+        scale = 1 / len(injections) if scale is None else scale
+        metrics: dict[str, float] = {"loss": 0.0}
+        for injection in injections:
+            trace = self.backward_branch(rollout, injection, step, weights=weights, scale=scale, generator=generator)
+            loss = scale * trace.loss.mean().item()
+            metrics["loss"] += loss
+            metrics[f"{trace.branch}/loss"] = loss
+            metrics[f"{trace.branch}/reward"] = trace.reward.mean().item()
+            metrics[f"{trace.branch}/gap"] = (trace.r_positive - trace.r_negative).mean().item()
+        return metrics
+
+    def backward_branch(
+        self,
+        rollout: Rollout,
+        injection: Injection,
+        step: int,
+        *,
+        weights: Tensor | None = None,
+        scale: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Trace:
+        """:meth:`backward` for one branch, with all that it computed.
+
+        The graph is cut at ``x_0_hat``: picture and reward are differentiated first and their graph freed,
+        then the transformer is, once. The gradient is exact, and what a checkpointed transformer recomputes
+        for its backward pass never shares the memory with the graph of VAE and reward.
+        """
+        x_0, eps = rollout.x_0.detach(), rollout.eps.detach()
+        injection = injection.to(x_0.device)
+        sigma, delta_sigma = expand_to(injection.sigma, x_0), expand_to(injection.delta_sigma, x_0)
+        x_t = add_noise(x_0, eps, sigma)
+        model_out = self.model.velocity(x_t, injection.sigma_model, rollout.conditioning, self.guidance, rollout.size)
+        x_0_hat = recover(x_t, eps, model_out, sigma, delta_sigma)
+
+        leaf = x_0_hat.detach().requires_grad_()
+        images = self.model.decode(leaf, rollout.size)
+        positive, negative = self.control_words.at(step)
+        r_positive, r_negative = self._scores(images, rollout.prompts, (positive, negative), generator)
+        reward = relative_reward(r_positive, r_negative, injection.word_weights)
+        loss = hinge(reward, self.hinge)
+        if weights is not None:
+            loss = weights.to(loss) * loss
+        (scale * loss.mean()).backward(inputs=leaf)
+        x_0_hat.backward(leaf.grad)
+
+        computed = (x_t, model_out, leaf, images, r_positive, r_negative, reward, loss, leaf.grad)
+        return Trace(injection.branch, *(tensor.detach() for tensor in computed))
+
+    @torch.no_grad()
+    def gap(self, images: Tensor, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
+        """Semantic gap of decoded pictures, over all control words so that every step measures the same.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            prompts: B prompts, without control words.
+            generator: CPU generator of the augmentation, which the pictures go through as in training.
+
+        Returns the mean reward for the positive texts minus that for the negative ones, (B,).
+        """
+        words = self.control_words
+        scores = torch.stack(self._scores(images, prompts, (*words.positive, *words.negative), generator))
+        return scores[: len(words.positive)].mean(0) - scores[len(words.positive) :].mean(0)
+
+    def _scores(
+        self, images: Tensor, prompts: Sequence[str], words: Sequence[str], generator: torch.Generator | None
+    ) -> tuple[Tensor, ...]:
+        """Reward (B,) of the pictures, augmented once, for each word put to their prompts."""
+        if self.augment:
+            images = self.augment(images, generator)
+        return self.reward.scores(images, *(self.control_words.texts(word, prompts) for word in words))

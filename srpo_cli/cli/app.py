@@ -1,0 +1,54 @@
+"""The command tree of ``srpo`` on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from srpo_cli import __version__
+from srpo_cli.cli import presets
+from srpo_cli.cli.doctor import doctor
+from srpo_cli.cli.errors import one_line_errors
+from srpo_cli.cli.sample import sample
+from srpo_cli.cli.train import train
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 failed run, 2 bad usage, 3 done in part, "
+    "4 missing weights, dependency or device, 130 or 143 interrupted."
+)
+
+app = typer.Typer(
+    name="srpo",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a bug shows the plain traceback that a report needs
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train)
+app.command("sample")(sample)
+app.command("doctor")(doctor)
+app.add_typer(presets.app, name="presets")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"srpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Align a text-to-image model with a human preference, and see whether it worked."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``srpo`` with ``arguments``, the process's own where None, and leave with its exit code."""
+    with one_line_errors():
+        app(args=arguments, prog_name="srpo")

@@ -1,0 +1,25 @@
+"""One place that turns a user's mistake into one line on stderr and an exit code.
+
+Typer itself deals with its own usage errors (2), an interrupt (130) and a closed pipe (1, silently). Whatever
+is not a ``SrpoError`` is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from srpo_cli.errors import SrpoError
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Leave the process with the error's exit code after writing it, in red on a terminal, to stderr."""
+    try:
+        yield
+    except SrpoError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(error.exit_code)

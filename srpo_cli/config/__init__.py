@@ -1,0 +1,1 @@
+"""Typed, validated configuration, and the presets that it is read from."""

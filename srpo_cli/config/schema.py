@@ -1,0 +1,324 @@
+"""The configuration of a training run: every field typed, documented with unit and range, and checked.
+
+The models are frozen and refuse unknown keys. Fields without a default must come from a preset. A check that
+needs two fields names both dotted keys in its message, because that message is all that the user sees.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+LATENT_MULTIPLE = 8
+"""Every family here needs picture edges divisible by at least this many pixels; a family may need more."""
+
+
+def _refuse_bool(value: Any) -> Any:
+    """Keep YAML's true and false from passing as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+"""A finite float; text such as "1e-5" is read as a number."""
+
+Whole = Annotated[int, Field(strict=True)]
+"""An integer; neither text nor a float nor a bool passes for one."""
+
+Curve = tuple[Number, Number]
+"""Values of a straight line over sigma at the window's low and high end."""
+
+Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+"""Text with something in it."""
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: immutable, closed to unknown keys, finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The text-to-image model that is aligned."""
+
+    name: Words = Field(description="flux.1-dev, miniature, a folder in diffusers layout or a Hugging Face repository")
+    size: tuple[Whole, Whole] = Field((720, 720), description="[height, width] of rollouts in pixels, multiples of 8")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="arithmetic of the model; trained weights keep a float32 master in either case",
+    )
+    weights: Path | None = Field(
+        None,
+        description="tuned transformer or LoRA file that is put into the model; null: the model as it is",
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _whole_latents(cls, size: tuple[int, int]) -> tuple[int, int]:
+        if any(edge < LATENT_MULTIPLE or edge % LATENT_MULTIPLE for edge in size):
+            raise ValueError(f"both edges should be positive multiples of {LATENT_MULTIPLE}")
+        return size
+
+
+class RewardConfig(Section):
+    """The reward that is optimised, and what is done to a picture before it is judged."""
+
+    name: Words = Field(description="hpsv2.1, miniature or clip:<open_clip model>")
+    weights: Path | None = Field(None, description="file of the reward's weights; null: the place that its name means")
+    shift: Whole = Field(0, ge=0, description="random translation before the reward, at most this many pixels")
+    noise: Number = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="standard deviation of pixel noise before the reward, pictures being in [0, 1]",
+    )
+
+
+class ControlWords(Section):
+    """The words whose difference in reward is the training signal; the model itself sees the plain prompt."""
+
+    positive: tuple[Words, ...] = Field(min_length=1, description="words to move towards, taken in turn, at least one")
+    negative: tuple[Words, ...] = Field(
+        min_length=1, description="words to move away from, taken in turn, at least one"
+    )
+    template: str = Field(
+        "{word}. {prompt}", description="text given to the reward, with {word} and {prompt} once each"
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _both_fields_once(cls, template: str) -> str:
+        try:
+            fields = sorted(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+        except ValueError:
+            fields = []
+        if fields != ["prompt", "word"]:
+            raise ValueError("should hold {word} once, {prompt} once and no other braces")
+        return template
+
+
+class PromptsConfig(Section):
+    """Where training prompts come from."""
+
+    source: Words = Field(description="hpdv2, miniature, or a file of prompts")
+    limit: Whole | None = Field(None, ge=1, description="use only this many prompts from the start; null: all")
+
+
+class RolloutConfig(Section):
+    """How the clean latents x_0 that gradients are taken at are made."""
+
+    source: Literal["model", "pictures"] = Field(
+        "model", description="sample x_0 from the model, or encode it from real pictures"
+    )
+    pictures: Path | None = Field(None, description="file that lists pictures and captions, for source pictures")
+    steps: Whole = Field(25, ge=1, description="Euler steps of a rollout")
+    guidance: Number = Field(1.0, ge=0, description="guidance scale of a rollout")
+    shift: Number | None = Field(None, gt=0, description="shift of the rollout's sigmas; null: the model's own")
+    shared_noise: bool = Field(True, description="all processes start a step's rollouts from the same noise")
+
+    @model_validator(mode="after")
+    def _pictures_have_a_list(self) -> RolloutConfig:
+        if (self.source == "pictures") != (self.pictures is not None):
+            raise ValueError(
+                f"rollout.source is {self.source} and rollout.pictures is {self.pictures or 'null'}: "
+                "source pictures needs a file, source model takes none"
+            )
+        return self
+
+
+class ReferenceSchedule(Section):
+    """The index form of the window that the method's published code uses (schedule ``reference``).
+
+    The rollout-like grid of ``schedule_steps`` shifted steps gives the window's ends, a linear grid of
+    ``timestep_length`` points fills it, and the model is trusted for ``1 - groundtruth_ratio`` of those
+    points.
+    """
+
+    train_timestep: tuple[Whole, Whole] = Field(
+        (5, 25), description="[first, last] index of the window in the shifted schedule, 0 being pure noise"
+    )
+    schedule_steps: Whole = Field(50, ge=2, description="steps of the shifted schedule that the indices refer to")
+    timestep_length: Whole = Field(1000, ge=2, description="points of the linear grid inside the window")
+    groundtruth_ratio: Number = Field(
+        0.9, gt=0, lt=1, description="share of the window that is bridged with the known noise, in (0, 1)"
+    )
+    shift: Number = Field(3.0, gt=0, description="shift of the schedule's sigmas")
+    discount_pos: Curve = Field(
+        (0.1, 0.25), description="k of the denoise branch's (1 + k) C_positive - C_negative, [late, early]"
+    )
+    discount_inv: Curve = Field(
+        (0.3, 0.01), description="k of the invert branch's (1 + k) C_negative - C_positive, [late, early]"
+    )
+    minimum_timestep: Whole = Field(5, ge=1, description="grid points at either end that are never drawn")
+
+    @model_validator(mode="after")
+    def _indices_lie_inside(self) -> ReferenceSchedule:
+        key = "algorithm.reference"
+        first, last = self.train_timestep
+        if not 0 <= first < last < self.schedule_steps:
+            raise ValueError(
+                f"{key}.train_timestep is [{first}, {last}]: should be [first, last] with 0 <= first < last "
+                f"< {key}.schedule_steps, which is {self.schedule_steps}"
+            )
+        if 2 * self.minimum_timestep >= self.timestep_length:
+            raise ValueError(
+                f"{key}.minimum_timestep is {self.minimum_timestep}: should be less than half of "
+                f"{key}.timestep_length, which is {self.timestep_length}"
+            )
+        return self
+
+
+class AlgorithmConfig(Section):
+    """SRPO on Direct-Align: where noise is injected, how far one model step goes, what each reward weighs.
+
+    With schedule ``sigma`` the two branches of a pair remove the known noise at one sigma: denoise calls the
+    model ``delta_sigma`` above it, invert ``delta_sigma`` below it. Every call stays inside ``window``, which
+    therefore is at least two steps wide, and neither branch comes near pure noise, where the step's gain
+    delta_sigma / (1 - sigma) has no bound. With schedule ``reference`` the keys of ``reference`` say all of
+    this in the published code's index form instead.
+    """
+
+    name: Words = Field("srpo", description="srpo")
+    schedule: Literal["sigma", "reference"] = Field(
+        "sigma", description="window and weights over sigma, or the published code's index form"
+    )
+    window: tuple[Number, Number] = Field(
+        (0.75, 0.96),
+        description="[sigma_low, sigma_high] that every call of the model stays inside, both in (0, 1)",
+    )
+    delta_sigma: Number = Field(
+        0.02,
+        gt=0,
+        lt=1,
+        description="length of the model's one step, in sigma, at most half of the window's width",
+    )
+    branches: tuple[Literal["denoise", "invert"], ...] = Field(
+        ("denoise", "invert"), min_length=1, description="branches of one gradient pair, each at most once"
+    )
+    semantic_weight: Curve = Field(
+        (1.0, 1.0), description="weight of C_positive - C_negative at [sigma_low, sigma_high]"
+    )
+    common_weight: Curve = Field(
+        (0.0, 0.0),
+        description="weight of the plain prompt's reward at [sigma_low, sigma_high], negative to penalise it",
+    )
+    pairs: Whole = Field(1, ge=1, description="gradient pairs taken from one rollout")
+    update: Literal["pair", "rollout"] = Field(
+        "pair", description="optimizer step after every pair, or once for all pairs of a rollout"
+    )
+    guidance: Number = Field(3.5, ge=0, description="guidance scale of the training forward")
+    hinge: Number | None = Field(None, description="loss is relu(hinge - reward), as upstream; null: minus the reward")
+    target: Literal["auto"] | Number | None = Field(
+        None,
+        description="gap C_positive - C_negative to settle at; auto: measured first; null: no target",
+    )
+    target_reach: Number = Field(
+        1.35,
+        gt=0,
+        description="target auto, as a multiple of the way from the base's gap to its prompted gap",
+    )
+    reference: ReferenceSchedule = Field(default_factory=ReferenceSchedule, description="keys of schedule reference")
+
+    @field_validator("window")
+    @classmethod
+    def _window_inside_the_unit_interval(cls, window: tuple[float, float]) -> tuple[float, float]:
+        low, high = window
+        if not 0 < low < high < 1:
+            raise ValueError("should be [sigma_low, sigma_high] with 0 < sigma_low < sigma_high < 1")
+        return window
+
+    @field_validator("branches")
+    @classmethod
+    def _each_branch_once(cls, branches: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(branches)) < len(branches):
+            raise ValueError("should name each branch at most once")
+        return branches
+
+    @model_validator(mode="after")
+    def _two_steps_fit_into_the_window(self) -> AlgorithmConfig:
+        low, high = self.window
+        if 2 * self.delta_sigma > high - low:
+            raise ValueError(
+                f"algorithm.delta_sigma is {self.delta_sigma:g}: should be at most half of the width of "
+                f"algorithm.window, which is [{low:g}, {high:g}]"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW and its gradient clipping; the defaults are the published ones."""
+
+    lr: Number = Field(5e-6, gt=0, description="learning rate")
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's averaging factors, each in [0, 1)"
+    )
+    eps: Number = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: Number = Field(1e-4, ge=0, description="decoupled weight decay")
+    grad_clip: Number | None = Field(0.1, gt=0, description="largest global gradient norm; null: no clipping")
+    warmup_steps: Whole = Field(0, ge=0, description="optimizer steps of linear warm-up, then the rate is constant")
+
+
+class TrainLoop(Section):
+    """How long a run is."""
+
+    steps: Whole = Field(20, ge=1, description="rollout batches in the run")
+    batch_size: Whole = Field(1, ge=1, description="rollouts of one step in each process")
+    seed: Whole = Field(42, ge=0, description="seed of everything that is drawn")
+
+
+class SamplingConfig(Section):
+    """How pictures are made for sample grids and evaluation."""
+
+    steps: Whole = Field(50, ge=1, description="Euler steps of a sample")
+    guidance: Number = Field(3.5, ge=0, description="guidance scale of a sample")
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts that are sampled and measured."""
+
+    prompts: Whole = Field(32, ge=0, description="held-out prompts; 0: no evaluation")
+    every: Whole = Field(0, ge=0, description="steps between evaluations; 0: only before and after the run")
+
+
+class SamplesConfig(Section):
+    """The grid of sample pictures that shows the run's progress."""
+
+    count: Whole = Field(4, ge=0, description="pictures in a grid; 0: no grids")
+    every: Whole = Field(10, ge=0, description="steps between grids; 0: only before and after the run")
+
+
+class CheckpointConfig(Section):
+    """What a run keeps to go on from."""
+
+    every: Whole = Field(10, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: Whole = Field(2, ge=1, description="checkpoints that are kept, the newest ones")
+
+
+class TrainConfig(Section):
+    """Everything that decides what a training run does."""
+
+    description: str = Field("", description="one line about the run")
+    model: ModelConfig
+    reward: RewardConfig
+    control_words: ControlWords
+    prompts: PromptsConfig
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainLoop = Field(default_factory=TrainLoop)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    samples: SamplesConfig = Field(default_factory=SamplesConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

@@ -1,0 +1,36 @@
+"""The mistakes that a user can make or meet, each one line: what was wrong, the value seen, what to do next.
+
+Raise these anywhere; ``srpo_cli.cli.errors`` turns them into one line on stderr and an exit code. Anything
+else that is raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SrpoError(Exception):
+    """A failed run: the work started and could not be finished."""
+
+    exit_code = 1
+
+
+class UsageError(SrpoError):
+    """Bad usage: a flag, preset, configuration key or input file that cannot be used as given."""
+
+    exit_code = 2
+
+    @classmethod
+    def unknown(cls, kind: str, name: str, known: Iterable[str]) -> UsageError:
+        """An unknown ``name``, with the nearest of the ``known`` ones and all of them."""
+        known = list(known)
+        near = get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return cls(f"Unknown {kind} {name!r}.{hint} Available: {', '.join(known) or 'none'}.")
+
+
+class MissingError(SrpoError):
+    """Something that the run needs is not here: weights, a dependency or a device."""
+
+    exit_code = 4

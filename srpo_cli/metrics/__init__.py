@@ -1,0 +1,1 @@
+"""What can be measured on pictures and how sure one can be of it."""

@@ -1,0 +1,128 @@
+"""Measure a model on held-out prompts: the reward, the semantic gap and, on the miniature, the oracle's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srpo_cli.config.schema import TrainConfig
+from srpo_cli.metrics.intervals import Interval, mean_interval
+from srpo_cli.metrics.pictures import STATISTICS, picture_statistics
+from srpo_cli.miniature.oracle import Oracle, Reference
+from srpo_cli.recipes.parts import Parts, chunks, draw_pictures
+from srpo_cli.runtime.seeding import generator
+
+NOISE_SEED = 0
+"""Evaluation starts from the same noises in every run, whatever its seed, so that runs can be compared in pairs."""
+
+SUMMARY_KEYS = (
+    "photo_distance",
+    "photo_rate",
+    "caption_accuracy",
+    "shape_accuracy",
+    "colour_accuracy",
+    "ground_accuracy",
+    "light_accuracy",
+    "reward",
+    "sgp_gap",
+    "saturation",
+    "grain",
+)
+"""Rows of the table and keys of ``summary.json``; the oracle's are there on the miniature only."""
+
+_WINDOW = 64  # rollout pictures behind the live photo distance
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, by name, with 95 % intervals over prompts."""
+
+    intervals: Mapping[str, Interval]
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        return {name: self.intervals[name]._asdict() for name in SUMMARY_KEYS if name in self.intervals}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Mapping[str, float]]) -> Evaluation:
+        return cls({name: Interval(**interval) for name, interval in content.items()})
+
+
+class Evaluator:
+    """Samples the same held-out prompts from the same noises and measures the pictures.
+
+    Args:
+        parts: model and reward; the model's weights may change between calls.
+        config: sampling settings and control words.
+        prompts: held-out prompts.
+        seed: of the photographs that the oracle compares with.
+    """
+
+    def __init__(self, parts: Parts, config: TrainConfig, prompts: list[str], seed: int = 0) -> None:
+        self.parts, self.config, self.prompts = parts, config, prompts
+        self.oracle = Oracle.load() if parts.knows_only_the_world else None
+        self._seed = seed
+        self._reference: Reference | None = None
+        self._window: list[list[float]] = []
+
+    def run(self, batch_size: int = 32) -> Evaluation:
+        """Draw one picture for each prompt and measure all of them."""
+        config, sampling = self.config, self.config.sampling
+        noises = [generator(NOISE_SEED, "evaluation", i) for i in range(len(self.prompts))]
+        pictures = draw_pictures(
+            self.parts.model,
+            self.prompts,
+            noises,
+            config.model.size,
+            sampling.steps,
+            sampling.guidance,
+            batch_size,
+        )
+        intervals = self._judge(pictures)
+        reward, gap = self._reward_and_gap(pictures, batch_size)
+        return Evaluation({**intervals, "reward": mean_interval(reward), "sgp_gap": mean_interval(gap)})
+
+    def _judge(self, pictures: Tensor) -> dict[str, Interval]:
+        if self.oracle:
+            if self._reference is None:
+                self._reference = self.oracle.reference(self.prompts, self._round_trip, self._seed)
+            return self.oracle.judge(pictures, self._reference)
+        statistics = picture_statistics(pictures)
+        return {name: mean_interval(statistics[:, STATISTICS.index(name)]) for name in ("saturation", "grain")}
+
+    @torch.no_grad()
+    def _round_trip(self, pictures: Tensor) -> Tensor:
+        model = self.parts.model
+        return model.decode(model.encode(pictures), tuple(pictures.shape[-2:])).cpu()
+
+    @torch.no_grad()
+    def _reward_and_gap(self, pictures: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Plain reward, and positive minus negative reward averaged over the lists of control words, each (N,)."""
+        words = self.parts.algorithm.control_words
+        rewards, gaps = [], []
+        for part in chunks(len(pictures), batch_size):
+            prompts = self.prompts[part]
+            texts = [words.texts(word, prompts) for word in (*words.positive, *words.negative)]
+            plain, *terms = self.parts.reward.scores(pictures[part].to(self.parts.reward.device), prompts, *texts)
+            stacked = torch.stack(terms)
+            positive, negative = stacked[: len(words.positive)], stacked[len(words.positive) :]
+            rewards.append(plain.float().cpu())
+            gaps.append((positive.mean(0) - negative.mean(0)).float().cpu())
+        return torch.cat(rewards), torch.cat(gaps)
+
+    def live_distance(self, pictures: Tensor, prompts: list[str]) -> float | None:
+        """Photo distance of the last rollout pictures to the oracle's mean photographs; None without an oracle."""
+        if not self.oracle:
+            return None
+        rows = self.oracle.deviations(picture_statistics(pictures.cpu()), prompts)
+        self._window = (self._window + rows.tolist())[-_WINDOW:]
+        return torch.tensor(self._window).mean(0).abs().mean().item()
+
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """What the live photo distance remembers."""
+        return {"window": self._window}
+
+    def load_state_dict(self, state: Mapping[str, list[list[float]]]) -> None:
+        self._window = [list(row) for row in state["window"]]

@@ -1,0 +1,158 @@
+"""Make the parts that a configuration names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+
+from srpo_cli.algorithms.srpo import SRPO, ControlWords, Draws, ReferenceDraws, SigmaDraws
+from srpo_cli.config.schema import AlgorithmConfig, PromptsConfig, RewardConfig, TrainConfig
+from srpo_cli.errors import MissingError, UsageError
+from srpo_cli.miniature.world import draw_prompts, parse
+from srpo_cli.models.flux import Flux
+from srpo_cli.registry import ALGORITHMS, MODELS, REWARDS
+from srpo_cli.rewards.augment import Augment
+from srpo_cli.rewards.clip import ClipReward
+from srpo_cli.runtime.prompts import read_prompts
+
+HELD_OUT_SHARE = 8
+"""Of a file's prompts every eighth is kept from training and used to evaluate."""
+
+_WORLD_PROMPTS = 2048  # more than the world's captions; a run goes round and round
+_HPDV2 = ("ymhao/HPDv2", "train.json")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model, the reward and the algorithm over them."""
+
+    model: Flux
+    reward: ClipReward
+    algorithm: SRPO
+    draws: Draws
+
+    @property
+    def knows_only_the_world(self) -> bool:
+        """Whether the model is the miniature, whose pictures the oracle can judge."""
+        return self.model.name == "miniature"
+
+
+def load_model(config: TrainConfig, device: torch.device) -> Flux:
+    """The model to train, its weights in float32 whatever it computes in."""
+    load = MODELS.get(config.model.name)
+    return load(config.model.name, dtype=torch.float32, device=device, weights=config.model.weights)
+
+
+def load_reward(config: RewardConfig, device: torch.device) -> ClipReward:
+    """The reward, frozen, in float32."""
+    return REWARDS.get(config.name)(config.name, config.weights, device, torch.float32)
+
+
+def make_draws(config: AlgorithmConfig) -> Draws:
+    """Where gradients are taken, in either schedule mode."""
+    if config.schedule == "reference":
+        return ReferenceDraws(branches=config.branches, **config.reference.model_dump())
+    return SigmaDraws(
+        window=config.window,
+        delta_sigma=config.delta_sigma,
+        branches=config.branches,
+        semantic_weight=config.semantic_weight,
+        common_weight=config.common_weight,
+    )
+
+
+def make_parts(config: TrainConfig, device: torch.device) -> Parts:
+    """All parts of a training run."""
+    model, reward = load_model(config, device), load_reward(config.reward, device)
+    augment = Augment(config.reward.shift, config.reward.noise)
+    algorithm = ALGORITHMS.get(config.algorithm.name)(
+        model,
+        reward,
+        ControlWords(**config.control_words.model_dump()),
+        guidance=config.algorithm.guidance,
+        hinge=config.algorithm.hinge,
+        augment=augment if augment.shift or augment.noise else None,
+    )
+    return Parts(model, reward, algorithm, make_draws(config.algorithm))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to train on and prompts that training never sees."""
+
+    train: list[str]
+    held_out: list[str]
+
+    def batch(self, step: int, size: int) -> list[str]:
+        """The prompts of a step, in order and round and round."""
+        return [self.train[(step * size + i) % len(self.train)] for i in range(size)]
+
+
+def load_prompts(config: PromptsConfig, model: str, held_out: int, seed: int) -> Prompts:
+    """Training prompts and ``held_out`` prompts to evaluate on.
+
+    The miniature's world draws both, from captions that never meet. Of a file, every eighth prompt is held out.
+    """
+    if config.source == "miniature":
+        train = draw_prompts(_WORLD_PROMPTS, seed, "train")
+        return Prompts(train[: config.limit], draw_prompts(held_out, 0, "evaluation"))
+    prompts = _hpdv2() if config.source == "hpdv2" else read_prompts(config.source)
+    prompts = prompts[: config.limit]
+    if model == "miniature":
+        check_miniature_prompts(prompts)
+    kept = [p for i, p in enumerate(prompts) if i % HELD_OUT_SHARE]
+    spare = prompts[::HELD_OUT_SHARE]
+    if not kept:
+        raise UsageError(f"prompts.source {config.source} holds one prompt: training and evaluation need one each")
+    return Prompts(kept, spare[:held_out])
+
+
+def check_miniature_prompts(prompts: list[str]) -> None:
+    """Refuse prompts that the miniature's world cannot show."""
+    for prompt in prompts:
+        if parse(prompt) is None:
+            raise UsageError(
+                f"the miniature cannot draw {prompt!r}: it knows only prompts like "
+                "'a red sphere on a wooden table, natural lighting' (see README.md)"
+            )
+
+
+def _hpdv2() -> list[str]:
+    repo, name = _HPDV2
+    path = try_to_load_from_cache(repo, name, repo_type="dataset")
+    if not isinstance(path, str):
+        raise MissingError(
+            f"HPDv2's training prompts are not in the local cache: fetch them with "
+            f"`hf download {repo} {name} --repo-type dataset`, or use a file with --set prompts.source=FILE"
+        )
+    return list(dict.fromkeys(row["prompt"] for row in json.loads(Path(path).read_text())))
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices that cover ``range(count)`` in parts of ``size``."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+@torch.no_grad()
+def draw_pictures(
+    model: Flux,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    size: tuple[int, int],
+    steps: int,
+    guidance: float,
+    batch_size: int,
+) -> Tensor:
+    """Sample one picture for each prompt from its own generator, (N, 3, H, W) in [0, 1] on the CPU."""
+    pictures = []
+    for part in chunks(len(prompts), batch_size):
+        noise = torch.cat([model.noise(1, size, generator) for generator in generators[part]])
+        latents = model.sample(model.encode_prompts(prompts[part]), noise, size, steps, guidance)
+        pictures.append(model.decode(latents, size).cpu())
+    return torch.cat(pictures)

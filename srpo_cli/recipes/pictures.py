@@ -1,0 +1,100 @@
+"""Real pictures in place of rollouts (offline SRPO): a folder, a list in a file, or the miniature's photographs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torchvision.transforms.v2.functional as V
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from srpo_cli.config.schema import TrainConfig
+from srpo_cli.errors import UsageError
+from srpo_cli.miniature.world import PHOTO, draw_scenes_of, render
+from srpo_cli.runtime.pictures import read_metadata
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+class PictureSource(Protocol):
+    """Gives the pictures and captions of a step."""
+
+    def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
+        """Pictures (count, 3, H, W) in [0, 1] of ``size`` and their captions, for step ``step``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Picture files with a caption each, in order and round and round."""
+
+    items: Sequence[tuple[Path, str]]
+
+    def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
+        chosen = [self.items[(step * count + i) % len(self.items)] for i in range(count)]
+        return torch.stack([read_picture(path, size) for path, _ in chosen]), [caption for _, caption in chosen]
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """The renderer's photographs of prompts of the miniature's world."""
+
+    prompts: Sequence[str]
+
+    def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
+        prompts = [self.prompts[(step * count + i) % len(self.prompts)] for i in range(count)]
+        return render(draw_scenes_of(prompts, PHOTO, seed=step)), prompts
+
+
+def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
+    """A picture file as (3, H, W) in [0, 1]: upright, RGB, covering ``size`` and cropped at the centre."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UsageError(f"cannot read the picture {path}: {error}") from error
+    fitted = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
+    return V.to_dtype(V.pil_to_tensor(fitted), torch.float32, scale=True)
+
+
+def open_pictures(config: TrainConfig, prompts: list[str]) -> PictureSource | None:
+    """What ``rollout.source`` and ``rollout.pictures`` name; None where rollouts come from the model."""
+    if config.rollout.source == "model":
+        return None
+    source = config.rollout.pictures
+    if str(source) == "miniature":
+        return Photographs(prompts)
+    items = _listed(source) if source.is_file() else _in_folder(source)
+    if not items:
+        raise UsageError(f"rollout.pictures {source} holds no picture with a caption (a .txt beside it, or metadata)")
+    return Files(items)
+
+
+def _listed(path: Path) -> list[tuple[Path, str]]:
+    """Rows of a JSONL file with ``image``, relative to the file, and ``prompt``."""
+    items = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            items.append((path.parent / row["image"], str(row["prompt"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}, line {number}: not a JSON object with image and prompt") from error
+    return items
+
+
+def _in_folder(folder: Path) -> list[tuple[Path, str]]:
+    """Pictures below a folder whose caption is in a ``.txt`` beside them or in their metadata, in a stable order."""
+    if not folder.is_dir():
+        raise UsageError(f"rollout.pictures {folder} does not exist: name a folder, a JSONL file or miniature")
+    items = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS):
+        sidecar = path.with_suffix(".txt")
+        caption = sidecar.read_text().strip() if sidecar.exists() else (read_metadata(path) or {}).get("prompt")
+        if caption:
+            items.append((path, caption))
+    return items

@@ -1,0 +1,46 @@
+"""The miniature's own reward: a small CLIP trained on its rendered world, with the bias that HPS is known
+for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+
+from srpo_cli.errors import MissingError
+from srpo_cli.rewards.clip import ClipReward, build_clip
+
+
+def load_miniature(
+    name: str = "miniature",
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ClipReward:
+    """The miniature's reward as the raw cosine.
+
+    Args:
+        name: its name in the registry.
+        weights: a folder with ``reward.json``, ``reward.safetensors`` and the BPE file that the former names;
+            the one in the package if not given.
+        device, dtype: where and in what it runs; the CPU always computes in float32.
+
+    Raises MissingError if the folder is incomplete.
+    """
+    from srpo_cli.miniature import WEIGHTS
+
+    folder = Path(weights) if weights else WEIGHTS / "reward"
+    if not (folder / "reward.json").is_file():
+        raise MissingError(f"The miniature's reward is not in {folder} (no reward.json); reinstall srpo-cli.")
+    config = json.loads((folder / "reward.json").read_text())
+    mean, std, bpe = config.pop("mean"), config.pop("std"), config.pop("bpe")
+    return ClipReward(
+        build_clip(config, folder / "reward.safetensors", device, dtype),
+        SimpleTokenizer(str(folder / bpe), context_length=config["text_cfg"]["context_length"]),
+        image_size=config["vision_cfg"]["image_size"],
+        mean=mean,
+        std=std,
+        name=name,
+    )

@@ -1,0 +1,1 @@
+"""What every run needs whatever it trains: its folder, checkpoints, signals, pictures, prompts and counts."""

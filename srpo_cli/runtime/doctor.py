@@ -1,0 +1,149 @@
+"""What would run here: versions, a torchvision that fits its torch, devices, disk, and weights.
+
+Nothing is downloaded and nothing is written. A check that fails says what to type next.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from srpo_cli.miniature import WEIGHTS
+from srpo_cli.registry import HUB_FILES, HubFiles
+
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "huggingface_hub", "open_clip_torch")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; ``remedy`` is what to type where it is not ``ok``."""
+
+    subject: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator that torch can use; ``memory`` in bytes, 0 where torch does not say."""
+
+    name: str
+    model: str
+    memory: int
+
+
+def accelerators() -> list[Device]:
+    """The accelerators that torch sees; imports torch."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator().type
+    properties_of = getattr(torch.get_device_module(kind), "get_device_properties", None)
+    devices = []
+    for index in range(torch.accelerator.device_count()):
+        properties = properties_of(index) if properties_of else None
+        model, memory = getattr(properties, "name", kind), getattr(properties, "total_memory", 0)
+        devices.append(Device(f"{kind}:{index}", model, memory))
+    return devices
+
+
+def check_packages() -> list[Check]:
+    """Python and the packages that everything rests on."""
+    return [Check("python", ok=True, found=platform.python_version()), *map(_check_package, PACKAGES)]
+
+
+def check_loads(package: str) -> Check:
+    """Import ``package`` in a process of its own; torchvision built for another torch fails there."""
+    outcome = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True, check=False)
+    subject = f"{package} loads"
+    if outcome.returncode == 0:
+        return Check(subject, ok=True, found="yes")
+    last_line = (outcome.stderr.strip() or f"exit code {outcome.returncode}").splitlines()[-1]
+    return Check(subject, ok=False, found=last_line, remedy=_reinstall_torch())
+
+
+def check_hardware(devices: Sequence[Device]) -> list[Check]:
+    """The processor, the accelerators and the free disk."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    checks = [Check("cpu", ok=True, found=f"{os.cpu_count()} cores, {memory / _GIB:.0f} GiB")]
+    checks += [Check(device.name, ok=True, found=_describe(device)) for device in devices]
+    if not devices:
+        checks.append(Check("accelerator", ok=True, found="none: presets run on the built-in miniature"))
+    usage = shutil.disk_usage(Path.cwd())
+    disk = f"{usage.free / _GIB:.0f} GiB free of {usage.total / _GIB:.0f} in {Path.cwd()}"
+    return [*checks, Check("disk", ok=True, found=disk)]
+
+
+def check_hub_cache() -> Check:
+    """Where weights from the Hugging Face Hub are kept, and how many models are there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    count = len(list(cache.glob("models--*")))
+    return Check("hub cache", ok=True, found=f"{count or 'no'} models in {cache}")
+
+
+def check_path(subject: str, path: Path) -> Check:
+    """Whether there is a file, or a folder with something in it, at ``path``."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        return Check(subject, ok=True, found=str(path))
+    remedy = "install srpo-cli again" if path == WEIGHTS else f"put the weights at {path}"
+    return Check(subject, ok=False, found=f"nothing at {path}", remedy=remedy)
+
+
+def check_weights(kind: str, name: str) -> Check:
+    """Whether the weights of a named "model" or "reward" (``kind``) are on this machine.
+
+    ``name`` is what a configuration may say: a registry name, a folder, or a repository on the Hub.
+    """
+    subject = f"{kind} {name}"
+    if name == "miniature":
+        return check_path(subject, WEIGHTS)
+    if Path(name).exists():
+        return check_path(subject, Path(name))
+    if name.startswith("clip:"):
+        return Check(subject, ok=True, found="open_clip finds them when the reward is loaded")
+    hub = HUB_FILES.get(name) or HubFiles(name, ("model_index.json",))
+    absent = [file for file in hub.files if not _in_hub_cache(hub.repo, file)]
+    if not absent:
+        return Check(subject, ok=True, found=f"{hub.repo} in the Hub cache")
+    found = f"{len(absent)} of {len(hub.files)} files of {hub.repo} are not here"
+    command = hub.download if name in HUB_FILES else f"hf download {name}"
+    return Check(subject, ok=False, found=found, remedy=f"{command}  # {hub.note}" if hub.note else command)
+
+
+def _check_package(name: str) -> Check:
+    try:
+        return Check(name, ok=True, found=metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Check(name, ok=False, found="not installed", remedy=f"pip install {name}")
+
+
+def _reinstall_torch() -> str:
+    """The command that puts a matching pair of torch and torchvision in place, of the kind that is here."""
+    command = "pip install --force-reinstall torch torchvision"
+    if "+cpu" in _check_package("torch").found:
+        return f"{command}, both from PyTorch's own index for CPU builds"
+    return command
+
+
+def _describe(device: Device) -> str:
+    return f"{device.model}, {device.memory / _GIB:.1f} GiB" if device.memory else device.model
+
+
+def _in_hub_cache(repo: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    is_repo = re.fullmatch(r"[\w.-]+/[\w.-]+", repo)
+    return bool(is_repo) and isinstance(try_to_load_from_cache(repo, file), str)

@@ -1,0 +1,128 @@
+"""A run is a folder: its configuration, environment, metrics, samples, checkpoints and summary."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from srpo_cli.errors import SrpoError, UsageError
+
+CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
+_PACKAGES = (
+    "srpo-cli",
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "open_clip_torch",
+    "safetensors",
+)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SrpoError(f"the disk of {path} is full: free some space, then resume the run") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UsageError(f"cannot write to {path} ({error.strerror}): choose another --output") from error
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path.parent):
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and platform of this process."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": packages,
+        "command": sys.argv,
+    }
+
+
+class RunFolder:
+    """The folder of one training run.
+
+    Args:
+        path: the folder; created by :meth:`start`, expected by :meth:`resume`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+
+    def start(self, config_text: str) -> None:
+        """Make the folder for a new run; UsageError where one, or anything else, already is."""
+        if (self.path / CONFIG).exists():
+            raise UsageError(
+                f"{self.path} holds another run: go on with it by `srpo train --resume {self.path}`, "
+                "or choose another --output"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file: choose another --output")
+        if self.path.exists() and any(self.path.iterdir()):
+            raise UsageError(f"{self.path} is not empty and holds no run: choose another --output")
+        with disk_errors(self.path):
+            self.samples.mkdir(parents=True)
+            self.checkpoints.mkdir()
+        write_atomically(self.path / CONFIG, config_text)
+        self.write_json(ENVIRONMENT, environment())
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record to ``metrics.jsonl``."""
+        with disk_errors(self.path), open(self.path / METRICS, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All complete records of ``metrics.jsonl``; a line that a crash cut off is left out."""
+        path = self.path / METRICS
+        records = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def truncate_log(self, step: int) -> None:
+        """Drop the records after ``step``, which a resumed run will write again."""
+        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        write_atomically(self.path / METRICS, "".join(kept))
+
+
+def config_digest(config_json: str) -> str:
+    """Short name of a configuration, to tell whether a checkpoint belongs to it."""
+    return hashlib.sha256(config_json.encode()).hexdigest()[:16]

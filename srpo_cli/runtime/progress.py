@@ -1,0 +1,63 @@
+"""Progress on stderr: one live line on a terminal, a plain line now and then anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_PLAIN_EVERY = 15.0  # seconds between plain lines
+
+
+class StepProgress:
+    """Shows how far a run is, how fast it goes and what it measures.
+
+    Args:
+        total: steps in the run.
+        done: steps that an earlier part of the run did.
+        quiet: show nothing.
+    """
+
+    def __init__(self, total: int, done: int = 0, quiet: bool = False) -> None:
+        self.total, self.done, self.quiet = total, done, quiet
+        self._first, self._started, self._last = done, time.monotonic(), 0.0
+        self._live: Progress | None = None
+        if not quiet and sys.stderr.isatty():
+            self._live = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[rate]}  eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[values]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._live.add_task("", total=total, completed=done, rate="", values="")
+
+    def __enter__(self) -> StepProgress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Report that ``step`` steps are done; values that are None are left out."""
+        self.done = step
+        seconds = (time.monotonic() - self._started) / max(step - self._first, 1)
+        text = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
+        if self._live:
+            self._live.update(self._task, completed=step, rate=f"{seconds:.2f} s/step", values=text)
+        elif not self.quiet and (step == self.total or time.monotonic() - self._last >= _PLAIN_EVERY):
+            self._last = time.monotonic()
+            eta = seconds * (self.total - step)
+            print(
+                f"step {step}/{self.total}  {seconds:.2f} s/step  eta {eta:.0f} s  {text}",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,95 @@
+"""Help, presets and every refusal answer at once: they import nothing that takes seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "open_clip",
+    "accelerate",
+    "peft",
+    "numpy",
+    "pandas",
+    "PIL",
+}
+
+RUN = """
+import contextlib, io, json, sys
+from srpo_cli.cli.app import main
+
+try:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main(sys.argv[1:])
+except SystemExit as stop:
+    print(json.dumps({"exit_code": stop.code or 0, "modules": sorted(sys.modules)}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("train --help", 0),
+        ("sample --help", 0),
+        ("doctor --help", 0),
+        ("presets --help", 0),
+        ("presets list", 0),
+        ("presets show realism", 0),
+        ("presets show lighting:dark --miniature", 0),
+        ("presets validate realism lighting style", 0),
+        ("presets show nope", 2),
+        ("train --preset nope", 2),
+        ("train --preset realism --set algorithm.windw=1", 2),
+        ("train --preset realism --set train.steps=0", 2),
+        ("train --no-such-flag", 2),
+        ("doctor --preset nope", 2),
+        ("nope", 2),
+    ],
+)
+def test_nothing_heavy_is_imported(arguments, exit_code):
+    process = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments.split()], capture_output=True, text=True, check=True
+    )
+    outcome = json.loads(process.stdout)
+    assert outcome["exit_code"] == exit_code
+    assert HEAVY.isdisjoint(outcome["modules"])
+
+
+def test_help_documents_the_exit_codes(srpo):
+    text = " ".join(srpo("--help").stdout.split())
+    for meaning in [
+        "0 done",
+        "1 failed run",
+        "2 bad usage",
+        "3 done in part",
+        "4 missing weights",
+        "130 or 143",
+    ]:
+        assert meaning in text
+
+
+def test_a_bug_keeps_its_traceback():
+    raise_a_bug = "import srpo_cli.cli.app as a; a.app.command('bug')(lambda: 1 / 0); a.main(['bug'])"
+    process = subprocess.run([sys.executable, "-c", raise_a_bug], capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert "Traceback" in process.stderr
+    assert "ZeroDivisionError" in process.stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    process = subprocess.run(
+        f"{sys.executable} -m srpo_cli presets show realism | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert process.stdout.startswith("# ")
+    assert process.stderr == ""
