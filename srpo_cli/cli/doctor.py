@@ -22,22 +22,22 @@ def doctor(preset: OptionalPresetOption = None, output_format: FormatOption = Ou
     packages, torch = examine.check_packages(), examine.check_loads("torch")
     devices = examine.accelerators() if torch.ok else []
     checks = [*packages, torch, examine.check_loads("torchvision"), *examine.check_hardware(devices)]
+    elsewhere: list[Check] = []
     if all(check.ok for check in packages):
         checks.append(examine.check_hub_cache())
         checks += _check_weights(preset, miniature=not devices)
-    rows = [
-        {
-            "check": check.subject,
-            "status": "ok" if check.ok else "missing",
-            "found": check.found,
-            "remedy": check.remedy,
-        }
-        for check in checks
-    ]
-    print_rows(rows, output_format)
+        if preset is not None and not devices:  # what the same preset needs where there is an accelerator
+            elsewhere = [check for check in _check_weights(preset, miniature=False) if check not in checks]
+    rows = [_row(check, "missing") for check in checks]
+    print_rows(rows + [_row(check, "not here") for check in elsewhere], output_format)
     missing = [check for check in checks if not check.ok]
     if missing:
         raise MissingError(f"{missing[0].subject}: {missing[0].found}. Next: {missing[0].remedy}")
+
+
+def _row(check: Check, otherwise: str) -> dict[str, str]:
+    status = "ok" if check.ok else otherwise
+    return {"check": check.subject, "status": status, "found": check.found, "remedy": check.remedy}
 
 
 def _check_weights(preset: str | None, miniature: bool) -> list[Check]:
