@@ -23,6 +23,7 @@ MAY_IMPORT = {  # room or file -> what of ours it may import beside itself; with
     "miniature": {"core", "metrics", *LEAVES},
     "miniature/build": {"core", "metrics", "models", "rewards", *LEAVES},  # trains what these two load
     "miniature/oracle": {"core", "metrics", "models", "rewards", *LEAVES},
+    "miniature/measure": {"core", "metrics", "models", "rewards", *LEAVES},
     "runtime": {"core", "config", "miniature", *LEAVES},  # its weights for the doctor, its prompts
     "recipes": {
         "algorithms",
@@ -33,6 +34,7 @@ MAY_IMPORT = {  # room or file -> what of ours it may import beside itself; with
         "miniature",
         "core",
         "config",
+        "__version__",
         *LEAVES,
     },
     "cli": {"recipes", "runtime", "config", "__version__", *LEAVES},

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -124,7 +124,8 @@ class Injection:
 
     def to(self, device: torch.device) -> Injection:
         """The same on another device."""
-        return Injection(self.branch, *(tensor.to(device) for tensor in list(vars(self).values())[1:]))
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "branch"}
+        return replace(self, **tensors)
 
 
 class Draws:

@@ -11,7 +11,9 @@ from srpo_cli import __version__
 from srpo_cli.cli import presets
 from srpo_cli.cli.doctor import doctor
 from srpo_cli.cli.errors import one_line_errors
+from srpo_cli.cli.sample import EXAMPLES as SAMPLE_EXAMPLES
 from srpo_cli.cli.sample import sample
+from srpo_cli.cli.train import EXAMPLES as TRAIN_EXAMPLES
 from srpo_cli.cli.train import train
 
 EXIT_CODES = (
@@ -26,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows the plain traceback that a report needs
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train)
-app.command("sample")(sample)
+app.command("train", epilog=TRAIN_EXAMPLES)(train)
+app.command("sample", epilog=SAMPLE_EXAMPLES)(sample)
 app.command("doctor")(doctor)
 app.add_typer(presets.app, name="presets")
 

@@ -32,6 +32,6 @@ ModelOption = Annotated[
     typer.Option("--model", metavar="NAME|DIR", help="Model instead of the preset's; miniature is built in."),
 ]
 
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything that is drawn.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of everything that is drawn.")]
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would run, and run nothing.")]

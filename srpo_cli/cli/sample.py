@@ -19,33 +19,40 @@ srpo sample "a red sphere on a wooden table" --num-images 4
 
 srpo sample --model runs/realism --prompts prompts.txt --output out
 
-cat prompts.txt | srpo sample --prompts - --seed 7
+srpo sample --model style.safetensors --base miniature "a blue cone"
 
-srpo sample "a blue cone on snow" --compare base=miniature --compare tuned=runs/realism"""
+grep sphere prompts.txt | srpo sample --prompts - --seed 7 | jq -r .file
 
-PromptsArgument = Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to draw.")]
+srpo sample "a blue cone" --compare miniature --compare runs/realism"""
+
+_LAST_SEED = 2**53  # the largest whole number that every reader of the JSON rows keeps exactly
+
+PromptsArgument = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to draw.")]
 PromptsOption = Annotated[
     str | None,
     typer.Option("--prompts", metavar="FILE|-", help="Prompts from a .txt, .jsonl or .csv, or stdin."),
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL|RUN|DIR", help="Base model, run folder, checkpoint, weights or LoRA."),
+    typer.Option("--model", metavar="MODEL", help="Base model, run, checkpoint, tuned transformer or LoRA."),
 ]
-BaseOption = Annotated[
-    str | None, typer.Option("--base", metavar="MODEL", help="Base model of a LoRA or of bare weights.")
-]
+BaseOption = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="What a transformer or LoRA is for.")]
 CompareOption = Annotated[
     list[str] | None,
     typer.Option("--compare", metavar="[LABEL=]MODEL", help="Draw the same seeds side by side; give it twice or more."),
 ]
-CountOption = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Seeds for each prompt.")]
-SeedOption = Annotated[
-    int, typer.Option("--seed", min=0, help="First seed; the pictures of a prompt count up from it.")
+CountOption = Annotated[
+    int, typer.Option("--num-images", "-n", metavar="N", min=1, help="Pictures of each prompt; the seeds count up.")
 ]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps; 50, on the miniature 12.")]
-GuidanceOption = Annotated[float, typer.Option("--guidance", min=0, help="Distilled guidance scale.")]
-SizeOption = Annotated[str | None, typer.Option("--size", metavar="N|HxW", help="Picture size in pixels.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of a prompt's first picture.")]
+StepsOption = Annotated[
+    int | None,
+    typer.Option("--steps", metavar="N", min=1, help="Sampling steps; if not given 50, on the miniature 12."),
+]
+GuidanceOption = Annotated[float, typer.Option("--guidance", metavar="G", min=0, help="Distilled guidance scale.")]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", metavar="N|HxW", help="Picture size in px; if not given the model's own.")
+]
 
 
 def sample(
@@ -74,6 +81,8 @@ def sample(
         raise UsageError("--model and --compare cannot be used together: name every model with --compare")
     if compare and len(compare) < 2:
         raise UsageError(f"--compare {compare[0]} alone compares nothing: give it twice or more")
+    if seed + num_images > _LAST_SEED:
+        raise UsageError(f"--seed {seed} is too large: choose one below 2**53")
     parsed_size = _parse_size(size) if size else None
     labels = _labels(compare or [])
 
@@ -82,13 +91,17 @@ def sample(
     default = base or _default_model(announce=not (model or compare))
     request = recipe.Request(wanted, seed, num_images, steps, guidance, parsed_size)
     folder = output or Path("samples")
-    if compare:
-        sources = {label: recipe.Source.find(name, default) for label, name in labels.items()}
-        rows = recipe.compare(sources, request, folder)
-    else:
-        rows = recipe.sample(recipe.Source.find(model or default, default), request, folder)
-    for row in rows:
-        typer.echo(json.dumps(row))
+    named = labels or {"": model or default}
+    sources = {label: recipe.Source.find(name, default) for label, name in named.items()}
+    if base and base not in {source.base for source in sources.values()}:
+        raise UsageError(f"--base {base} is of no use here: {', '.join(named.values())} brings a base of its own")
+    rows = recipe.compare(sources, request, folder) if labels else recipe.sample(sources[""], request, folder)
+    try:
+        for row in rows:
+            typer.echo(json.dumps(row))
+    except KeyboardInterrupt:
+        note("stopped: the same command draws what is missing")
+        raise
     note(f"pictures: {folder / (recipe.COMPARISON if compare else recipe.GRID)}")
 
 
@@ -106,17 +119,22 @@ def _labels(compare: list[str]) -> dict[str, str]:
     """Label to model: ``LABEL=MODEL``, or the last part of the model's name."""
     labels: dict[str, str] = {}
     for item in compare:
-        label, separator, name = item.partition("=")
-        name = name if separator else item
-        label = label if separator else Path(item).name
-        if not re.fullmatch(r"[\w.-]+", label) or label in labels or not name:
+        label, _, name = item.partition("=")
+        if not (name and _is_label(label)):  # no label, or a "=" in the name of a folder
+            label, name = re.sub(r"[^\w.-]", "-", Path(item).name), item
+        if not _is_label(label) or label in labels:
             raise UsageError(f"--compare {item}: give every model a label of its own, as in --compare base=miniature")
         labels[label] = name
     return labels
 
 
+def _is_label(text: str) -> bool:
+    """Whether a text will do as the name of a folder."""
+    return re.fullmatch(r"\w[\w.-]*", text) is not None
+
+
 def _parse_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if not match or 0 in (height := int(match[1]), width := int(match[2] or match[1])):
         raise UsageError(f"--size {text}: give one number, or height and width as in 720x1280")
     return height, width

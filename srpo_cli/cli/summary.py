@@ -23,8 +23,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         for name in ("base", "tuned"):
             table.add_column(f"{name} [95 % interval]", justify="right")
         table.add_column("better is")
-        for name, base in summary["base"].items():
-            cells = [_cell(base), _cell(summary["tuned"][name])]
+        for name in summary["tuned"]:
+            cells = [_cell(summary[side].get(name)) for side in ("base", "tuned")]
             table.add_row(name.replace("_", " "), *cells, _BETTER.get(name, ""))
         Console(markup=False, highlight=False).print(table)
     ledger = summary["ledger"]
@@ -35,5 +35,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     )
 
 
-def _cell(interval: dict[str, float]) -> str:
+def _cell(interval: dict[str, float] | None) -> str:
+    if interval is None:
+        return "not measured"
     return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,13 +16,12 @@ from srpo_cli.cli.options import (
     DryRunOption,
     ModelOption,
     OptionalPresetOption,
-    OutputOption,
     OverridesOption,
     SeedOption,
 )
 from srpo_cli.cli.output import note
 from srpo_cli.config.load import Resolved, dump_yaml, load_train_config
-from srpo_cli.errors import UsageError
+from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.registry import check_parts
 
 EXAMPLES = """Examples:
@@ -29,14 +32,24 @@ srpo train --preset lighting:dark --model miniature --output runs/dark
 
 srpo train --preset realism --set optimizer.lr=1e-5 --steps 40 --dry-run
 
-srpo train --resume runs/dark"""
+srpo train --resume runs/dark
 
-RewardOption = Annotated[str | None, typer.Option("--reward", help="Reward instead of the preset's.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Rollout batches in the run.")]
-ResumeOption = Annotated[
-    Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder.")
+torchrun --nproc-per-node 8 -m srpo_cli train --preset realism"""
+
+RewardOption = Annotated[str | None, typer.Option("--reward", metavar="NAME", help="Reward instead of the preset's.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder of the run; runs/PRESET-TIME if not given."),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; the result only.")]
+StepsOption = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, metavar="N", help="Length of the run in steps; with --resume its new length."),
+]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder where it stopped."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 
 
 def train(
@@ -51,34 +64,63 @@ def train(
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Align a model with a reward, and measure it before and after."""
-    flags = {"model.name": model, "reward.name": reward, "train.seed": seed, "train.steps": steps}
-    if resume:
-        _refuse_beside_resume(preset=preset, set=overrides, model=model, reward=reward, output=output, seed=seed)
-        output, resolved = resume, _load_run(resume, steps)
-    else:
-        if preset is None:
+    """Align a model with a reward, and measure it before and after.
+
+    Writes a folder with settings, metrics, pictures, checkpoints and a summary.
+
+    Ctrl-C finishes the step, saves, and prints how to go on.
+    """
+    with _told_once():
+        if resume:
+            _refuse_beside_resume(preset=preset, set=overrides, model=model, reward=reward, output=output, seed=seed)
+            output, resolved = resume, _load_run(resume, steps)
+        elif preset is None:
             raise UsageError("srpo train needs --preset NAME|FILE or --resume RUN: see `srpo presets list`")
-        resolved = _resolve(preset, overrides or [], flags)
+        else:
+            flags = {"model.name": model, "reward.name": reward, "train.seed": seed, "train.steps": steps}
+            resolved = _resolve(preset, overrides or [], flags)
+            name = Path(preset).stem.replace(":", "-")
+            output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     if dry_run:
         typer.echo(dump_yaml(resolved), nl=False)
         return
-    if not resume:
-        output = output or Path("runs") / f"{Path(preset).stem.replace(':', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
-        if resolved.config.model.name == "miniature":
-            note("model: the built-in miniature, which knows only its own rendered world; its figures are not FLUX's")
-    note(f"run: {output}")
+    say = note if _leads() else _say_nothing
+    if resolved.config.model.name == "miniature" and not resume:
+        say("model: the built-in miniature, which knows only its own rendered world; its figures are not FLUX's")
+    say(f"run: {output}")
 
     from srpo_cli.cli.summary import print_summary
     from srpo_cli.recipes.train import BEFORE_AFTER
     from srpo_cli.recipes.train import train as run
 
-    outcome = run(resolved, output, resume=resume is not None, quiet=quiet, say=note)
+    outcome = run(resolved, output, resume=resume is not None, quiet=quiet, say=say)
     if outcome.summary:
         print_summary(outcome.summary)
-        note(f"pictures: {output / BEFORE_AFTER}")
+        pictures = outcome.folder / BEFORE_AFTER
+        if pictures.exists():
+            say(f"pictures: {pictures}")
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
+
+
+def _leads() -> bool:
+    """Whether this is the process that talks: the only one, or torchrun's rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say_nothing(_message: str) -> None:
+    pass
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Under torchrun all processes find the same mistake in the same command; one of them tells it."""
+    try:
+        yield
+    except SrpoError as error:
+        if _leads():
+            raise
+        raise typer.Exit(error.exit_code) from error
 
 
 def _resolve(preset: str, overrides: list[str], flags: dict[str, Any]) -> Resolved:
@@ -101,29 +143,50 @@ def _resolve(preset: str, overrides: list[str], flags: dict[str, Any]) -> Resolv
         except UsageError as error:
             forms[miniature] = error
     plain = forms[False]
-    if isinstance(plain, Resolved) and (
-        plain.origins["model.name"] == "--set" or plain.config.model.name == "miniature"
-    ):
-        return plain
+    if isinstance(plain, Resolved):
+        if plain.config.model.name == "miniature":
+            return _resolved(forms[True])
+        if plain.origins["model.name"] == "--set":
+            return plain
     if all(isinstance(form, UsageError) for form in forms.values()):
         raise plain
 
     from srpo_cli.runtime.devices import has_accelerator
 
-    chosen = forms[not has_accelerator()]
-    if isinstance(chosen, UsageError):
-        raise chosen
-    if chosen.config.model.name == "miniature":
+    chosen = _resolved(forms[not has_accelerator()])
+    if chosen.config.model.name == "miniature" and _leads():
         note("no accelerator here: the preset runs on the built-in miniature (--model decides otherwise)")
     return chosen
 
 
+def _resolved(form: Resolved | UsageError) -> Resolved:
+    if isinstance(form, UsageError):
+        raise form
+    return form
+
+
 def _load_run(folder: Path, steps: int | None) -> Resolved:
-    """The configuration that a run folder was made with, its length apart."""
+    """The configuration that a run folder was made with, its length apart; every value keeps its first origin."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UsageError(f"{folder} holds no run (no config.yaml): name the folder that `srpo train` made")
-    return load_train_config(path, flags={"train.steps": steps})
+    resolved = load_train_config(path, flags={"train.steps": steps})
+    check_parts(resolved.config.model.name, resolved.config.reward.name, resolved.config.algorithm.name)
+    noted = _noted_origins(path.read_text(encoding="utf-8"))
+    if steps is not None:
+        noted["train.steps"] = resolved.origins["train.steps"]
+    return Resolved(resolved.config, resolved.origins | noted)
+
+
+def _noted_origins(text: str) -> dict[str, str]:
+    """Origins by dotted key, from the comments that ``dump_yaml`` wrote."""
+    origins: dict[str, str] = {}
+    keys: list[str] = []
+    for indent, name, origin in re.findall(r"^( *)(\w+):(?:.*?  # (.*))?", text, re.MULTILINE):
+        keys[len(indent) // 2 :] = [name]
+        if origin:
+            origins[".".join(keys)] = origin
+    return origins
 
 
 def _refuse_beside_resume(**given: Any) -> None:

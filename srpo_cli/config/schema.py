@@ -112,7 +112,7 @@ class ControlWords(Section):
 class PromptsConfig(Section):
     """Where training prompts come from."""
 
-    source: Words = Field(description="hpdv2, miniature, or a file of prompts")
+    source: Words = Field(description="hpdv2, miniature, miniature-unlit (prompts that name no light), or a file")
     limit: Whole | None = Field(None, ge=1, description="use only this many prompts from the start; null: all")
 
 
@@ -126,7 +126,11 @@ class RolloutConfig(Section):
     steps: Whole = Field(25, ge=1, description="Euler steps of a rollout")
     guidance: Number = Field(1.0, ge=0, description="guidance scale of a rollout")
     shift: Number | None = Field(None, gt=0, description="shift of the rollout's sigmas; null: the model's own")
-    shared_noise: bool = Field(True, description="all processes start a step's rollouts from the same noise")
+    shared_noise: bool = Field(
+        True,
+        description="all rollouts of a step, in every process and within its batch, start from the same noise; "
+        "false: each from its own",
+    )
 
     @model_validator(mode="after")
     def _pictures_have_a_list(self) -> RolloutConfig:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from srpo_cli.errors import UsageError
 
-_EMA_DECAY = 0.9
+_EMA_DECAY = 0.7  # a lag of about three steps: a run is twenty to forty long
 _LR_FLOOR = 0.02
-_REACHED = 0.02
+_REACHED = 0.1  # of the way: nearer, the faded rate would take longer than the rest of the run
 
 
 class Target:
@@ -65,7 +65,7 @@ class Target:
 
     @property
     def reached(self) -> bool:
-        """Whether the running mean is within 2 % of the way, or beyond."""
+        """Whether the running mean is within 10 % of the way, or beyond."""
         return self.remaining <= _REACHED
 
     def state_dict(self) -> dict[str, float]:

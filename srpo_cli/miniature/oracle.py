@@ -7,7 +7,9 @@ sees, reads only *what* is in a picture: shape, colour, ground, light and style.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -76,14 +78,15 @@ class Oracle:
         self.cells, self.precision, self.spread, self.radius = cells, precision, spread, radius
 
     @classmethod
-    def load(cls) -> Oracle:
-        state = load_file(WEIGHTS / "oracle.safetensors")
+    def load(cls, weights: Path = WEIGHTS) -> Oracle:
+        """Read the oracle of a folder of the miniature's weights."""
+        state = load_file(weights / "oracle.safetensors")
         cells, precision, spread, radius = (state.pop(k).float() for k in ("cells", "precision", "spread", "radius"))
         classifier = Classifier()
         classifier.load_state_dict({name: value.float() for name, value in state.items()})
         return cls(classifier, cells, precision, spread, radius.item())
 
-    def reference(self, prompts: list[str], round_trip, seed: int) -> Reference:
+    def reference(self, prompts: list[str], round_trip: Callable[[Tensor], Tensor], seed: int) -> Reference:
         """Photograph every prompt's scene; ``round_trip`` sends pictures through the model's own autoencoder.
 
         What the autoencoder cannot draw is thereby not held against the model.
@@ -96,7 +99,8 @@ class Oracle:
     def photo_distance(self, statistics: Tensor, reference: Reference) -> Interval:
         """Two-sided distance to the photographs, mean over statistics of |difference of means| / their spread.
 
-        ``statistics`` (N, K) of one picture for each of the reference's prompts. 0 is a photograph.
+        ``statistics`` (N, K) of one picture for each of the reference's prompts. 0 is a photograph. Chance only adds to
+        an absolute value, so the interval of a distance near 0 lies to the right of it.
         """
         count = len(statistics)
         photographs = reference.statistics.view(count, PHOTOGRAPHS_PER_PROMPT, -1).mean(1)
@@ -126,6 +130,15 @@ class Oracle:
         """What the classifier sees in (N, 3, 48, 48) pictures: index by head, each (N,)."""
         parts = [self.classifier(part) for part in images.split(128)]
         return {name: torch.cat([part[name].argmax(1) for part in parts]) for name in HEADS}
+
+    def read_style(self, images: Tensor) -> Tensor:
+        """Which of the named styles each of (N, 3, 48, 48) pictures shows best, an index into ``STYLES``, (N,).
+
+        To tell whether a style word was followed. "" is no candidate: by construction unstyled pictures reach from
+        CG renders almost to photographs, so that "" is always a fair guess and says nothing of the word.
+        """
+        logits = torch.cat([self.classifier(part)["style"] for part in images.split(128)])
+        return logits[:, 1:].argmax(1) + 1
 
     def caption_hits(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Which of shape, colour, ground and light each picture shows as its prompt asks, (N, 4) of 0 or 1.

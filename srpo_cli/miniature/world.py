@@ -195,13 +195,17 @@ SPLITS = {"evaluation": (0,), "validation": (1,), "train": (2, 3)}
 """Captions by the sum of their four indices modulo 4: reports, the choice of settings and training never share one."""
 
 
-def draw_prompts(count: int, seed: int, split: str) -> list[str]:
-    """Draw ``count`` prompts of a split, without a style word, naming shape, colour, ground and any light."""
+def draw_prompts(count: int, seed: int, split: str, lit: bool = True) -> list[str]:
+    """Draw ``count`` prompts of a split, without a style word, naming shape, colour, ground and any light.
+
+    With ``lit`` false the light is left open in every one, for control words that are lights.
+    """
     generator, prompts = torch.Generator().manual_seed(seed), []
     while len(prompts) < count:
         scenes = draw_scenes(4 * count, generator)
         contents = torch.stack([scenes.shape, scenes.colour, scenes.ground, scenes.light], 1).tolist()
-        prompts += [caption(*content) for content in contents if sum(content) % 4 in SPLITS[split]]
+        contents = [content for content in contents if sum(content) % 4 in SPLITS[split]]
+        prompts += [caption(*content) for content in contents if lit or not content[3]]
     return prompts[:count]
 
 

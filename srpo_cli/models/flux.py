@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -115,6 +117,19 @@ class Flux:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The transformer's parameters, or those of its LoRA where one is loaded."""
         return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+
+    def save_weights(self, folder: Path) -> None:
+        """Write what is trained, in the layout that :func:`load_flux` takes as ``weights``."""
+        adapters = getattr(self.transformer, "peft_config", None)
+        if not adapters:
+            self.transformer.save_pretrained(folder)
+            return
+        (name,) = adapters
+        FluxLoraLoaderMixin.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=name),
+            transformer_lora_adapter_metadata=adapters[name].to_dict(),
+        )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode N prompts, each distinct one once, to the model's device and dtype."""

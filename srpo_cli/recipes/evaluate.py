@@ -12,6 +12,7 @@ from srpo_cli.config.schema import TrainConfig
 from srpo_cli.metrics.intervals import Interval, mean_interval
 from srpo_cli.metrics.pictures import STATISTICS, picture_statistics
 from srpo_cli.miniature.oracle import Oracle, Reference
+from srpo_cli.miniature.world import LIGHTS, STYLE_WORDS, STYLES
 from srpo_cli.recipes.parts import Parts, chunks, draw_pictures
 from srpo_cli.runtime.seeding import generator
 
@@ -26,6 +27,7 @@ SUMMARY_KEYS = (
     "colour_accuracy",
     "ground_accuracy",
     "light_accuracy",
+    "word_followed",
     "reward",
     "sgp_gap",
     "saturation",
@@ -88,9 +90,19 @@ class Evaluator:
         if self.oracle:
             if self._reference is None:
                 self._reference = self.oracle.reference(self.prompts, self._round_trip, self._seed)
-            return self.oracle.judge(pictures, self._reference)
+            shown = self._shows_word(self.oracle, pictures)
+            followed = {} if shown is None else {"word_followed": mean_interval(shown.float())}
+            return {**self.oracle.judge(pictures, self._reference), **followed}
         statistics = picture_statistics(pictures)
         return {name: mean_interval(statistics[:, STATISTICS.index(name)]) for name in ("saturation", "grain")}
+
+    def _shows_word(self, oracle: Oracle, pictures: Tensor) -> Tensor | None:
+        """Which pictures show the first positive control word, (N,); None for a word that the oracle cannot see."""
+        word = self.config.control_words.positive[0].lower()
+        if word in LIGHTS:
+            return oracle.read(pictures)["light"] == LIGHTS.index(word)
+        styles = [i for i, name in enumerate(STYLES) if word in STYLE_WORDS[name]]
+        return oracle.read_style(pictures) == styles[0] if styles else None
 
     @torch.no_grad()
     def _round_trip(self, pictures: Tensor) -> Tensor:

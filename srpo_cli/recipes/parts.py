@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from srpo_cli.algorithms.srpo import SRPO, ControlWords, Draws, ReferenceDraws, SigmaDraws
 from srpo_cli.config.schema import AlgorithmConfig, PromptsConfig, RewardConfig, TrainConfig
 from srpo_cli.errors import MissingError, UsageError
-from srpo_cli.miniature.world import draw_prompts, parse
+from srpo_cli.miniature.world import SIZE, draw_prompts, parse
 from srpo_cli.models.flux import Flux
 from srpo_cli.registry import ALGORITHMS, MODELS, REWARDS
 from srpo_cli.rewards.augment import Augment
@@ -44,14 +45,25 @@ class Parts:
 
 
 def load_model(config: TrainConfig, device: torch.device) -> Flux:
-    """The model to train, its weights in float32 whatever it computes in."""
+    """The model to train: float32 weights where gradients go, the configured dtype for what stays as it is."""
     load = MODELS.get(config.model.name)
-    return load(config.model.name, dtype=torch.float32, device=device, weights=config.model.weights)
+    frozen = getattr(torch, config.model.dtype)
+    return load(config.model.name, torch.float32, device, config.model.weights, frozen_dtype=frozen)
 
 
 def load_reward(config: RewardConfig, device: torch.device) -> ClipReward:
     """The reward, frozen, in float32."""
     return REWARDS.get(config.name)(config.name, config.weights, device, torch.float32)
+
+
+def fingerprint(parts: Parts) -> str:
+    """Digest of weights spread evenly over all that stays frozen: a name does not tell what is behind it."""
+    digest = hashlib.sha256()
+    for part in (parts.model.vae, parts.model.text_encoder, parts.model.text_encoder_2, parts.reward.clip):
+        for parameter in part.parameters():
+            flat = parameter.detach().flatten()
+            digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def make_draws(config: AlgorithmConfig) -> Draws:
@@ -68,8 +80,11 @@ def make_draws(config: AlgorithmConfig) -> Draws:
 
 
 def make_parts(config: TrainConfig, device: torch.device) -> Parts:
-    """All parts of a training run."""
+    """All parts of a training run; UsageError for a size that the model cannot make."""
+    if config.model.name == "miniature" and config.model.size != (SIZE, SIZE):
+        raise UsageError(f"model.size is {list(config.model.size)}: the miniature draws [{SIZE}, {SIZE}] and no other")
     model, reward = load_model(config, device), load_reward(config.reward, device)
+    model.noise(1, config.model.size, torch.Generator())  # refuses a size
     augment = Augment(config.reward.shift, config.reward.noise)
     algorithm = ALGORITHMS.get(config.algorithm.name)(
         model,
@@ -89,19 +104,21 @@ class Prompts:
     train: list[str]
     held_out: list[str]
 
-    def batch(self, step: int, size: int) -> list[str]:
-        """The prompts of a step, in order and round and round."""
-        return [self.train[(step * size + i) % len(self.train)] for i in range(size)]
+    def batch(self, turn: int, size: int) -> list[str]:
+        """The prompts of a run's batch number ``turn``, in order and round and round."""
+        return [self.train[(turn * size + i) % len(self.train)] for i in range(size)]
 
 
 def load_prompts(config: PromptsConfig, model: str, held_out: int, seed: int) -> Prompts:
     """Training prompts and ``held_out`` prompts to evaluate on.
 
-    The miniature's world draws both, from captions that never meet. Of a file, every eighth prompt is held out.
+    The miniature's world draws both, from captions that never meet; "miniature-unlit" leaves the light open in all
+    of them. Of a file, every eighth prompt is held out.
     """
-    if config.source == "miniature":
-        train = draw_prompts(_WORLD_PROMPTS, seed, "train")
-        return Prompts(train[: config.limit], draw_prompts(held_out, 0, "evaluation"))
+    if config.source in ("miniature", "miniature-unlit"):
+        lit = config.source == "miniature"
+        train = draw_prompts(_WORLD_PROMPTS, seed, "train", lit)
+        return Prompts(train[: config.limit], draw_prompts(held_out, 0, "evaluation", lit))
     prompts = _hpdv2() if config.source == "hpdv2" else read_prompts(config.source)
     prompts = prompts[: config.limit]
     if model == "miniature":
@@ -109,7 +126,7 @@ def load_prompts(config: PromptsConfig, model: str, held_out: int, seed: int) ->
     kept = [p for i, p in enumerate(prompts) if i % HELD_OUT_SHARE]
     spare = prompts[::HELD_OUT_SHARE]
     if not kept:
-        raise UsageError(f"prompts.source {config.source} holds one prompt: training and evaluation need one each")
+        raise UsageError(f"prompts.source {config.source} holds one prompt: give two or more, every eighth is held out")
     return Prompts(kept, spare[:held_out])
 
 

@@ -7,25 +7,31 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from srpo_cli import __version__
 from srpo_cli.config.load import load_train_config
 from srpo_cli.errors import MissingError, UsageError
+from srpo_cli.miniature.world import SIZE
 from srpo_cli.models.flux import Flux, load_flux
 from srpo_cli.recipes.parts import check_miniature_prompts, chunks, draw_pictures
 from srpo_cli.recipes.pictures import read_picture
+from srpo_cli.registry import MODELS
 from srpo_cli.runtime.checkpoints import find_checkpoint
 from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.folder import CONFIG, disk_errors, write_atomically
-from srpo_cli.runtime.pictures import read_metadata, save_grid, save_png
+from srpo_cli.runtime.pictures import read_metadata, save_grid, save_png, thumbnail_size
+from srpo_cli.runtime.quiet import quiet_libraries
 
 SAMPLES, GRID, COMPARISON = "samples.jsonl", "grid.png", "compare.png"
 _GRID_LIMIT = 64  # pictures in a grid
 _MINIATURE_STEPS, _STEPS = 12, 50
+_LARGEST_BATCH, _BATCH_PIXELS = 8, 2 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -39,22 +45,28 @@ class Source:
     def find(cls, name: str, base: str) -> Source:
         """Read a name as a run folder, one of its checkpoints, tuned weights or a LoRA on ``base``, or a base model."""
         path = Path(name)
+        if _is_checkpoint(path.resolve().parent) and path.resolve().name == "transformer":
+            path = path.resolve().parent
         if (path / CONFIG).is_file():
             return cls(_base_of(path), find_checkpoint(path).transformer)
-        if (path / "transformer").is_dir() and (path / "state.json").is_file():
-            return cls(_base_of(path.parent.parent), path / "transformer")
+        if _is_checkpoint(path):
+            return cls(_base_of(path.resolve().parent.parent), path / "transformer")
         if (path / "model_index.json").is_file():
             return cls(name)
         if path.is_file() or (path.is_dir() and any(path.glob("*.safetensors"))):
             return cls(base, path)
-        if path.is_dir() or path.suffix == ".safetensors":
+        if path.is_dir():
             raise UsageError(
                 f"{name} is no run, checkpoint, pipeline, transformer or LoRA: name one of these, or a model"
             )
+        if path.suffix == ".safetensors" or (len(path.parts) > 1 and path.parent.is_dir()):
+            raise UsageError(f"{name} does not exist: name a run, checkpoint, weights or LoRA that does, or a model")
+        MODELS.find(name)  # refuses an unknown name with the nearest known one
         return cls(name)
 
-    def __str__(self) -> str:
-        return f"{self.base}+{self.weights}" if self.weights else self.base
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "transformer").is_dir() and (path / "state.json").is_file()
 
 
 def _base_of(run: Path) -> str:
@@ -81,34 +93,37 @@ class Request:
         return steps, self.size or (edge, edge)
 
 
-def sample(source: Source, request: Request, output: Path, batch_size: int = 8) -> Iterator[dict[str, Any]]:
+def sample(source: Source, request: Request, output: Path) -> Iterator[dict[str, Any]]:
     """Draw what is missing in ``output`` and yield a row for every picture, those that were there included.
 
-    A picture's file name holds a digest of all that decides it, so a file that exists is the picture that was asked
-    for. ``samples.jsonl`` lists the rows and ``grid.png`` shows the pictures.
+    A picture's file name holds a digest of all that decides it, the model's weights among it, so a file that exists
+    is the picture that was asked for. ``samples.jsonl`` lists all pictures that were ever made in the folder,
+    ``grid.png`` shows the first of those that were asked for now.
     """
-    with disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
     if source.base == "miniature":
         check_miniature_prompts(list(request.prompts))
+        if request.size not in (None, (SIZE, SIZE)):  # it can, but it repeats its picture like a tile
+            raise UsageError(f"size {'x'.join(map(str, request.size))}: the miniature draws {SIZE}x{SIZE} and no other")
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()  # an error of one line would otherwise come after the progress bars of loading
     model = load_flux(source.base, torch.bfloat16, best_device(), source.weights)
     steps, size = request.settings(model)
-    rows = [
-        _row(source, prompt, request.seed + i, steps, request.guidance, size)
-        for prompt in request.prompts
-        for i in range(request.num_images)
-    ]
-    for part in chunks(len(rows), batch_size):
+    model.sigmas(steps, size)  # refuses a size that the model cannot make
+    rows = _rows(source, _fingerprint(model), request, steps, size)
+    for part in chunks(len(rows), _batch_size(size)):
         wanted = [row for row in rows[part] if read_metadata(output / row["file"]) is None]
         if wanted:
             generators = [torch.Generator().manual_seed(row["seed"]) for row in wanted]
             prompts = [row["prompt"] for row in wanted]
-            pictures = draw_pictures(model, prompts, generators, size, steps, request.guidance, batch_size)
+            pictures = draw_pictures(model, prompts, generators, size, steps, request.guidance, len(wanted))
             for picture, row in zip(pictures, wanted, strict=True):
                 save_png(picture, output / row["file"], row)
         for row in rows[part]:
             yield {**row, "file": str(output / row["file"])}
-    write_atomically(output / SAMPLES, "".join(json.dumps(row) + "\n" for row in rows))
+    earlier = [row for row in _read_rows(output / SAMPLES) if (output / row["file"]).is_file()]
+    listed = {row["file"]: row for row in [*earlier, *rows]}
+    write_atomically(output / SAMPLES, "".join(json.dumps(row) + "\n" for row in listed.values()))
     _grid(output, rows, request.num_images, size)
 
 
@@ -120,36 +135,87 @@ def compare(sources: dict[str, Source], request: Request, output: Path) -> Itera
         for row in sample(source, request, output / label):
             rows[label].append(row)
             yield {"label": label, **row}
-    first = next(iter(rows.values()))
+    shown = {label: drawn[:_GRID_LIMIT] for label, drawn in rows.items()}
+    first = next(iter(shown.values()))
     size = tuple(first[0]["size"])
-    pictures = [torch.stack([read_picture(Path(row["file"]), size) for row in r[:_GRID_LIMIT]]) for r in rows.values()]
-    captions = [row["prompt"] for row in first[:_GRID_LIMIT]]
-    save_grid(pictures, output / COMPARISON, list(rows), captions)
+    pictures = [_read_all([Path(row["file"]) for row in drawn], size) for drawn in shown.values()]
+    many = request.num_images > 1
+    captions = [f"{row['prompt']} (seed {row['seed']})" if many else row["prompt"] for row in first]
+    save_grid(pictures, output / COMPARISON, list(shown), captions)
 
 
-def _row(source: Source, prompt: str, seed: int, steps: int, guidance: float, size: tuple[int, int]) -> dict[str, Any]:
-    row = {
-        "prompt": prompt,
-        "seed": seed,
-        "model": source.base,
-        "weights": str(source.weights.resolve()) if source.weights else None,
-        "steps": steps,
-        "guidance": guidance,
-        "size": list(size),
-    }
-    digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:8]
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48]
-    return {"file": f"{slug}-seed{seed}-{digest}.png", **row, "srpo": __version__}
+def _batch_size(size: tuple[int, int]) -> int:
+    """Pictures drawn at a time: as many as are of use to the device, few enough for its memory."""
+    return max(1, min(_LARGEST_BATCH, _BATCH_PIXELS // (size[0] * size[1])))
 
 
-def _grid(output: Path, rows: list[dict[str, Any]], columns: int, size: tuple[int, int]) -> None:
+def _fingerprint(model: Flux) -> str:
+    """Digest of weights spread evenly over every tensor of the model, a LoRA's included.
+
+    A path does not tell what is in it: a run may have been trained again, the miniature rebuilt.
+    """
+    digest = hashlib.sha256()
+    for part in (model.transformer, model.vae, model.text_encoder, model.text_encoder_2):
+        for name, parameter in part.named_parameters():
+            flat = parameter.detach().flatten()
+            digest.update(name.encode() + flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _rows(
+    source: Source, fingerprint: str, request: Request, steps: int, size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """What is known of each picture before it is drawn, seeds of a prompt together; a prompt given twice is one."""
+    rows = []
+    for prompt, number in product(dict.fromkeys(request.prompts), range(request.num_images)):
+        seed = request.seed + number
+        decides = [fingerprint, prompt, seed, steps, request.guidance, list(size)]
+        digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
+        rows.append(
+            {
+                "file": f"{slug}-seed{seed}-{digest}.png",
+                "prompt": prompt,
+                "seed": seed,
+                "model": source.base,
+                "weights": str(source.weights.resolve()) if source.weights else None,
+                "fingerprint": fingerprint,
+                "steps": steps,
+                "guidance": request.guidance,
+                "size": list(size),
+                "srpo": __version__,
+            }
+        )
+    return rows
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier ``samples.jsonl``; lines that are none are left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("file"), str):
+            rows.append(row)
+    return rows
+
+
+def _read_all(files: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Pictures for a sheet, (N, 3, H, W): as they are, but no larger than a sheet shows them."""
+    shown = min(size, thumbnail_size(size))
+    return torch.stack([read_picture(file, shown) for file in files])
+
+
+def _grid(output: Path, rows: list[dict[str, Any]], seeds: int, size: tuple[int, int]) -> None:
     """The first pictures on one sheet: a row for each prompt with its seeds, or one row where there is one seed."""
     shown = rows[:_GRID_LIMIT]
-    pictures = torch.stack([read_picture(output / row["file"], size) for row in shown])
-    if columns == 1:
+    whole = len(shown) - len(shown) % seeds or len(shown)
+    shown = shown[:whole]
+    pictures = _read_all([output / row["file"] for row in shown], size)
+    if seeds == 1:
         save_grid([pictures], output / GRID, captions=[row["prompt"] for row in shown])
     else:
-        whole = len(shown) - len(shown) % columns
-        grid_rows = pictures[:whole].split(columns) if whole else [pictures]
-        labels = [row["prompt"] for row in shown[: whole or 1 : columns]]
-        save_grid(grid_rows, output / GRID, labels, [f"seed {row['seed']}" for row in shown[:columns]])
+        captions = [f"seed {row['seed']}" for row in shown[:seeds]]
+        save_grid(pictures.split(seeds), output / GRID, [row["prompt"] for row in shown[::seeds]], captions)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -20,21 +24,32 @@ from srpo_cli.config.schema import TrainConfig
 from srpo_cli.core.target import Target
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.recipes.evaluate import Evaluation, Evaluator
-from srpo_cli.recipes.parts import Parts, Prompts, draw_pictures, load_prompts, make_parts
-from srpo_cli.recipes.pictures import Photographs, PictureSource, open_pictures, read_picture
+from srpo_cli.recipes.parts import (
+    Parts,
+    Prompts,
+    check_miniature_prompts,
+    chunks,
+    draw_pictures,
+    fingerprint,
+    load_prompts,
+    make_parts,
+)
+from srpo_cli.recipes.pictures import Files, Photographs, PictureSource, open_pictures, read_picture
 from srpo_cli.runtime.checkpoints import Checkpoint, find_checkpoint, list_checkpoints, save_checkpoint
 from srpo_cli.runtime.devices import arithmetic, best_device
-from srpo_cli.runtime.folder import ENVIRONMENT, SUMMARY, RunFolder, config_digest, environment
+from srpo_cli.runtime.distributed import Ranks, join_ranks
+from srpo_cli.runtime.folder import SUMMARY, RunFolder, config_digest, environment
 from srpo_cli.runtime.ledger import Ledger
 from srpo_cli.runtime.pictures import save_grid, save_png
 from srpo_cli.runtime.progress import StepProgress
+from srpo_cli.runtime.quiet import quiet_libraries
 from srpo_cli.runtime.seeding import generator
 from srpo_cli.runtime.signals import StopRequest, stop_on_signals
 
 BASE, TUNED = "base.json", "tuned.json"
 BEFORE_AFTER = "before_after.png"
 _CALIBRATION = 64  # pictures that each side of the automatic target is measured on
-_EXACT = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch")
+_EXACT = ("srpo-cli", "torch", "torchvision", "diffusers", "transformers", "open_clip_torch")
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,8 @@ def train(
 ) -> Outcome:
     """Run a training from its configuration, or go on with the one in ``output``.
 
+    Under torchrun every process calls this, and rank 0 returns the summary.
+
     Args:
         resolved: the configuration; with ``resume`` that of the run itself.
         output: the run's folder, new, or with ``resume`` the run that is continued.
@@ -64,19 +81,32 @@ def train(
 
     Raises SrpoError for what a user can cause; the run folder keeps all that was finished.
     """
-    with stop_on_signals() as stop:
-        folder = RunFolder(output)
-        checkpoint = _resume_from(folder, resolved.config) if resume else None
-        if not resume:
-            folder.start(dump_yaml(resolved))
-        run = Run(resolved.config, folder, checkpoint, say)
-        run.measure_base()
-        with StepProgress(resolved.config.train.steps, run.step, quiet) as progress:
+    quiet_libraries()
+    config, device = resolved.config, best_device()
+    with stop_on_signals() as stop, join_ranks(device) as ranks:
+        folder = RunFolder(Path(ranks.from_rank_0(str(output))))  # a name with the time in it may differ between ranks
+        quiet = quiet or not ranks.leads
+        with ranks.together():
+            checkpoint = None
+            if resume:
+                checkpoint = _resume_from(folder, config, ranks)
+            elif ranks.leads:
+                folder.check_free()
+            run = Run(config, folder, checkpoint, ranks, (lambda _: None) if quiet else say)
+            if ranks.leads and resume:
+                folder.go_on(dump_yaml(resolved))
+            elif ranks.leads:
+                folder.start(dump_yaml(resolved), processes=ranks.size, device=device.type)
+        run.prepare(stop)
+        with StepProgress(config.train.steps, run.step, quiet) as progress:
             run.loop(stop, progress)
-        if stop.signal:
-            say(f"stopped by {stop.signal.name} after step {run.step}; go on with: {resume_command(output)}")
-            return Outcome(output, None, stop.exit_code)
-        return Outcome(output, run.finish(), 0)
+        summary = stop.unless_asked(run.finish) if ranks.leads else None
+        ranks.wait()
+    if stop.signal and not summary:
+        if ranks.leads:
+            say(f"stopped by {stop.signal.name} after step {run.step}; go on with: {resume_command(folder.path)}")
+        return Outcome(folder.path, None, stop.exit_code)
+    return Outcome(folder.path, summary, 0)
 
 
 def resume_command(output: Path) -> str:
@@ -84,24 +114,39 @@ def resume_command(output: Path) -> str:
     return f"srpo train --resume {shlex.quote(str(output))}"
 
 
-def _resume_from(folder: RunFolder, config: TrainConfig) -> Checkpoint | None:
+def _resume_from(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint of a run, None for a run that was stopped before its first.
 
-    Refuses what could not be exact: other library versions, or a configuration that is not the checkpoint's.
+    Refuses what could not be exact: other library versions, another kind of device or number of processes, or a
+    configuration that is not the checkpoint's.
     """
-    before = json.loads((folder.path / ENVIRONMENT).read_text())["packages"]
-    now = environment()["packages"]
+    before, now = folder.environment(), environment()["packages"]
     for name in _EXACT:
-        if before.get(name) != now[name]:
+        if (version := before["packages"].get(name)) != now[name]:
             raise UsageError(
-                f"{folder.path} was begun with {name} {before.get(name)}, here is {now[name]}: going on would not be "
-                f"exact; install {name}=={before.get(name)} or start a new run"
+                f"{folder.path} was begun with {name} {version}, here is {now[name]}: going on would not be exact; "
+                f"install {name}=={version} or start a new run"
             )
+    if (device := before.get("device")) != ranks.device.type:
+        raise UsageError(
+            f"{folder.path} was begun on {device}, here is {ranks.device.type}: going on would not be exact; "
+            "go on there or start a new run"
+        )
+    if (processes := before.get("processes")) != ranks.size:
+        raise UsageError(
+            f"{folder.path} was begun with {processes} process(es), here are {ranks.size}: going on would not be "
+            f"exact; start {processes} or a new run"
+        )
     if not list_checkpoints(folder.checkpoints):
         return None
     checkpoint = find_checkpoint(folder.path)
-    if checkpoint.state()["config"] != _digest(config):
+    if checkpoint.state().get("config") != _digest(config):
         raise UsageError(f"{checkpoint.path} belongs to another configuration than {folder.path}'s: start a new run")
+    if config.train.steps < checkpoint.step:
+        raise UsageError(
+            f"{folder.path} has done {checkpoint.step} steps already: --steps {config.train.steps} is fewer; give more"
+        )
+    checkpoint.check_transformer()
     return checkpoint
 
 
@@ -119,52 +164,96 @@ class Run:
         config: TrainConfig,
         folder: RunFolder,
         checkpoint: Checkpoint | None,
+        ranks: Ranks,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.folder, self.say = config, folder, say
-        self.device = best_device()
-        tuned = config.model_copy(
-            update={"model": config.model.model_copy(update={"weights": checkpoint.transformer})}
-        ) if checkpoint else config  # fmt: skip
-        self.parts: Parts = make_parts(tuned, self.device)
+        self.config, self.folder, self.ranks, self.say = config, folder, ranks, say
+        self.device = ranks.device
+        self.seed = config.train.seed
+        self.prompts: Prompts = load_prompts(
+            config.prompts,
+            config.model.name,
+            held_out=max(config.evaluation.prompts, config.samples.count),
+            seed=self.seed,
+        )
+        self.pictures = self._open_pictures()
+        if config.model.name == "miniature" and self.device.type == "cpu":
+            # Its matrices are too small for a second thread to pay, and last bits must not depend on the machine.
+            torch.set_num_threads(1)
+        tuned = {"weights": checkpoint.transformer} if checkpoint else {}
+        model_config = config.model.model_copy(update=tuned)
+        self.parts: Parts = make_parts(config.model_copy(update={"model": model_config}), self.device)
         self.model = self.parts.model
         self.parameters = self.model.trainable_parameters()
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters, options.lr, tuple(options.betas), options.eps, options.weight_decay
         )
-        self.seed = config.train.seed
-        self.prompts: Prompts = load_prompts(
-            config.prompts, config.model.name, held_out=config.evaluation.prompts, seed=self.seed
-        )
-        self.pictures: PictureSource | None = open_pictures(config, self.prompts.train)
-        self.evaluator = Evaluator(self.parts, config, self.prompts.held_out)
+        self.evaluator = Evaluator(self.parts, config, self.prompts.held_out[: config.evaluation.prompts])
         self.ledger = Ledger()
         self.target: Target | None = None
         self.step, self.stopped = 0, False
+        self.data = self._data()
         if checkpoint:
             self._restore(checkpoint)
-        else:
-            self.folder.truncate_log(0)
+        self.saved = self.step
+
+    def _open_pictures(self) -> PictureSource | None:
+        """The pictures that stand for rollouts; the miniature's world must know what they are said to show."""
+        pictures = open_pictures(self.config, self.prompts.train)
+        if isinstance(pictures, Photographs):
+            check_miniature_prompts(list(pictures.prompts))
+        elif isinstance(pictures, Files) and self.config.model.name == "miniature":
+            check_miniature_prompts([caption for _, caption in pictures.items])
+        return pictures
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
+        for name, what in (("prompts", "the prompts or pictures"), ("frozen", "the files of the model or the reward")):
+            if state.get(name) != self.data[name]:
+                raise UsageError(f"{what} have changed since {checkpoint.path} was written: start a new run")
         checkpoint.load_optimizer(self.optimizer)
-        self.step = state["step"]
+        self.step = checkpoint.step
+        self._load_state(state)
+        self.stopped = bool(self.target and self.target.reached)
+
+    def _data(self) -> dict[str, str]:
+        """Digests of what the configuration only names, and what a run may not lose under way."""
+        pictures = [(path.name, caption) for path, caption in getattr(self.pictures, "items", ())]
+        text = json.dumps([self.prompts.train, pictures])
+        return {"prompts": hashlib.sha256(text.encode()).hexdigest()[:16], "frozen": fingerprint(self.parts)}
+
+    def _state(self) -> dict[str, Any]:
+        """Where the run stands, but for weights and optimizer."""
+        return {
+            "target": self.target.state_dict() if self.target else None,
+            "ledger": self.ledger.state_dict(),
+            "evaluator": self.evaluator.state_dict(),
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         self.ledger.load_state_dict(state["ledger"])
         self.evaluator.load_state_dict(state["evaluator"])
         if state["target"]:
             self.target = Target(state["target"]["base"], state["target"]["value"])
             self.target.load_state_dict(state["target"])
-            self.stopped = self.target.reached
-        self.folder.truncate_log(self.step)
 
     # --- before ---------------------------------------------------------------------------------------------------
 
-    def measure_base(self) -> None:
-        """Evaluate and sample the untrained model, and set the target; a run that goes on has all this."""
-        if self.step:
-            return
+    def prepare(self, stop: StopRequest) -> None:
+        """Measure and draw the untrained model, and set the target; a run that goes on has all this."""
+        if self.step == 0:
+            if self.ranks.leads:
+                self.folder.truncate_log(0)
+                stop.unless_asked(self._measure_base)
+            measured = self.ranks.from_rank_0((self.target.base, self.target.value) if self.target else None)
+            self.target = Target(*measured) if measured else None
+        elif self.ranks.leads:
+            self.folder.truncate_log(self.step)
+
+    def _measure_base(self) -> None:
+        if self.evaluator.prompts:
+            self.say(f"measuring the base model on {len(self.evaluator.prompts)} held-out prompts")
         self._evaluate(BASE)
         self._sample()
         self.target = self._calibrate()
@@ -189,140 +278,196 @@ class Run:
         return target
 
     def _calibration_gap(self, asked: list[str], prompts: list[str]) -> float:
-        rollout, config = self.config.rollout, self.config
+        """Mean gap of rollouts that are drawn as in training, for what is asked, and judged by the prompts."""
+        size, batch = self.config.model.size, self.config.train.batch_size
         noises = [generator(self.seed, "calibration", i) for i in range(len(prompts))]
-        pictures = draw_pictures(
-            self.model,
-            asked,
-            noises,
-            config.model.size,
-            rollout.steps,
-            rollout.guidance,
-            config.train.batch_size,
-        )
-        self.ledger.forwards += rollout.steps * len(prompts)
-        self.ledger.reward_calls += len(prompts)
         augmentation = generator(self.seed, "calibration augmentation")
-        pictures = pictures.to(self.parts.reward.device)
-        return self.parts.algorithm.gap(pictures, prompts, generator=augmentation).mean().item()
+        gaps = []
+        for part in chunks(len(prompts), batch):
+            noise = torch.cat([self.model.noise(1, size, draw) for draw in noises[part]])
+            pictures = self._decode(self._draw(asked[part], noise))
+            gaps.append(self.parts.algorithm.gap(pictures, prompts[part], generator=augmentation))
+        self.ledger.forwards += self.config.rollout.steps * len(prompts)
+        self.ledger.reward_calls += len(prompts)
+        return torch.cat(gaps).mean().item()
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def loop(self, stop: StopRequest, progress: StepProgress) -> None:
-        """Take steps until the last one, the target or a signal; the state is saved whichever it is."""
-        config, saved = self.config, self.step
-        while self.step < config.train.steps and not stop.signal and not self.stopped:
-            with self.ledger:
-                record = self._take_step()
+        """Take steps until the last one, the target or a signal; whatever ends them, the completed ones are saved."""
+        while self.step < self.config.train.steps and not self.stopped and not self._asked_to_stop(stop):
+            before = self._remember()
+            try:
+                with self.ledger:
+                    record = self._take_step()
+            except Exception:
+                with suppress(Exception):  # what to tell is why the step failed
+                    self._take_back(before)
+                    self._save()
+                raise
             self.step += 1
-            self.folder.log(record)
-            progress.update(self.step, {k: record[k] for k in ("reward", "sgp_gap", "photo_distance")})
             self.stopped = bool(self.target and self.target.reached)
-            last = self.stopped or self.step == config.train.steps
-            if config.samples.every and self.step % config.samples.every == 0 and not last:
-                self._sample()
-            if config.evaluation.every and self.step % config.evaluation.every == 0 and not last:
-                self._evaluate(f"evaluation-{self.step:06d}.json")
-            if last or (config.checkpoint.every and self.step % config.checkpoint.every == 0):
-                self._save()
-                saved = self.step
-        if saved < self.step:
+            if self.ranks.leads:
+                self._record(record, progress)
+        self._save()
+
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether a signal reached any rank; all then stop at the same step, with the same exit code."""
+        if number := self.ranks.largest(stop.signal or 0):
+            stop.signal = Signals(number)
+        return bool(number)
+
+    def _record(self, record: dict[str, Any], progress: StepProgress) -> None:
+        """Log a completed step, and save, draw and evaluate where it is time to."""
+        config = self.config
+        self.folder.log(record)  # before the step is saved: one that cannot be logged is done again
+        progress.update(self.step, {k: record[k] for k in ("reward", "sgp_gap", "photo_distance")})
+        if self.stopped or self.step == config.train.steps:
+            return
+        if self._is_time(config.checkpoint.every):
             self._save()
+        try:
+            if self._is_time(config.samples.every):
+                self._sample()
+            if self._is_time(config.evaluation.every):
+                self._evaluate(f"evaluation-{self.step:06d}.json")
+        except Exception:
+            with suppress(Exception):  # what to tell is why it failed
+                self._save()
+            raise
+
+    def _is_time(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _remember(self) -> dict[str, Any]:
+        """What a failed step may have changed by the time it fails.
+
+        The weights are among it only where a step updates them more than once, and kept on the host.
+        """
+        state = copy.deepcopy(self._state())
+        if self.config.algorithm.update == "pair" and self.config.algorithm.pairs > 1:
+            state["weights"] = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+            state["optimizer"] = copy.deepcopy(self.optimizer.state_dict())
+        return state
+
+    @torch.no_grad()
+    def _take_back(self, state: dict[str, Any]) -> None:
+        """Undo what a failed step did."""
+        self._load_state(state)
+        if "weights" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, weights in zip(self.parameters, state["weights"], strict=True):
+                parameter.copy_(weights)
 
     def _take_step(self) -> dict[str, Any]:
         """Roll out, measure the gap, and take K gradient pairs; returns the step's record."""
         started = time.perf_counter()
         rollout = self._roll_out()
-        pictures = self._decode(rollout)
-        self.ledger.rollouts += len(rollout.prompts)
-        record = {"step": self.step + 1, **self._measure(pictures, rollout)}
-        gaps, scale = record.pop("gaps"), 1.0
-        weights = None
+        record, gaps = self._measure(self._decode(rollout.x_0), rollout.prompts)
+        weights, scale = None, 1.0
         if self.target:
-            self.target.update(gaps.mean().item())
+            self.target.update(record["sgp_gap"])
             weights, scale = self.target.weights(gaps), self.target.lr_scale
         record |= self._descend(rollout, weights, scale)
-        return {**record, "seconds": round(time.perf_counter() - started, 3)}
+        return {"step": self.step + 1, **record, "seconds": round(time.perf_counter() - started, 3)}
+
+    @property
+    def _turn(self) -> int:
+        return self.ranks.turn(self.step)
 
     def _roll_out(self) -> Rollout:
         """Clean latents and their noise: sampled from the model, or encoded from given pictures."""
-        config, size = self.config, self.config.model.size
-        batch = config.train.batch_size
-        draw = generator(self.seed, "rollout", self.step)
+        size, batch = self.config.model.size, self.config.train.batch_size
+        noise = self._rollout_noise()
         if self.pictures:
-            images, prompts = self.pictures.batch(self.step, batch, size)
+            images, prompts = self.pictures.batch(self._turn, batch, size)
             with arithmetic(self.device, self._dtype):
                 x_0 = self.model.encode(images)
-            eps = self.model.noise(1 if config.rollout.shared_noise else batch, size, draw).expand_as(x_0)
-            return Rollout(x_0, eps, prompts, self.model.encode_prompts(prompts), size)
-        prompts = self.prompts.batch(self.step, batch)
-        noise = self.model.noise(1 if config.rollout.shared_noise else batch, size, draw)
-        noise = noise.expand(batch, -1, -1)
-        conditioning = self.model.encode_prompts(prompts)
+        else:
+            prompts = self.prompts.batch(self._turn, batch)
+            x_0 = self._draw(prompts, noise)
+            self.ledger.forwards += self._everywhere(self.config.rollout.steps * batch)
+        self.ledger.rollouts += self._everywhere(batch)
+        return Rollout(x_0, noise, prompts, self.model.encode_prompts(prompts), size)
+
+    def _rollout_noise(self) -> Tensor:
+        """The noise that a batch starts from, packed: shared, it is one noise for all samples of all ranks."""
+        size, batch = self.config.model.size, self.config.train.batch_size
+        if self.config.rollout.shared_noise:
+            return self.model.noise(1, size, generator(self.seed, "rollout", self.step)).expand(batch, -1, -1)
+        return self.model.noise(batch, size, generator(self.seed, "rollout", self._turn))
+
+    def _draw(self, prompts: list[str], noise: Tensor) -> Tensor:
+        """Sample clean latents as rollouts are sampled."""
+        config = self.config.rollout
         with arithmetic(self.device, self._dtype):
-            x_0 = self.model.sample(
-                conditioning,
+            return self.model.sample(
+                self.model.encode_prompts(prompts),
                 noise,
-                size,
-                config.rollout.steps,
-                config.rollout.guidance,
-                config.rollout.shift,
-                truncate_time=config.algorithm.schedule == "reference",
+                self.config.model.size,
+                config.steps,
+                config.guidance,
+                config.shift,
+                truncate_time=self.config.algorithm.schedule == "reference",
             )
-        self.ledger.forwards += config.rollout.steps * batch
-        return Rollout(x_0, noise, prompts, conditioning, size)
 
     @property
     def _dtype(self) -> torch.dtype:
         return getattr(torch, self.config.model.dtype)
 
     @torch.no_grad()
-    def _decode(self, rollout: Rollout) -> Tensor:
+    def _decode(self, x_0: Tensor) -> Tensor:
         with arithmetic(self.device, self._dtype):
-            return self.model.decode(rollout.x_0, rollout.size)
+            return self.model.decode(x_0, self.config.model.size)
 
     @torch.no_grad()
-    def _measure(self, pictures: Tensor, rollout: Rollout) -> dict[str, Any]:
-        """Reward, gap and photo distance of the rollout's own pictures."""
+    def _measure(self, pictures: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
+        """Reward, gap and photo distance of the rollout's own pictures, and the gap of each of this rank's.
+
+        The photo distance is that of rank 0's pictures: it looks back over many steps anyway.
+        """
         gaps = self.parts.algorithm.gap(
-            pictures, rollout.prompts, generator=generator(self.seed, "gap augmentation", self.step)
+            pictures, prompts, generator=generator(self.seed, "gap augmentation", self._turn)
         )
-        reward = self.parts.reward.score(pictures, rollout.prompts)
-        self.ledger.reward_calls += 2 * len(pictures)
-        return {
-            "gaps": gaps,
-            "reward": reward.mean().item(),
-            "sgp_gap": gaps.mean().item(),
-            "photo_distance": self.evaluator.live_distance(pictures, list(rollout.prompts)),
-        }
+        reward, gap = self.ranks.mean(self.parts.reward.score(pictures, prompts).mean().item(), gaps.mean().item())
+        self.ledger.reward_calls += self._everywhere(2 * len(pictures))
+        distance = self.evaluator.live_distance(pictures, list(prompts)) if self.ranks.leads else None
+        return {"reward": reward, "sgp_gap": gap, "photo_distance": distance}, gaps
 
     def _descend(self, rollout: Rollout, weights: Tensor | None, scale: float) -> dict[str, Any]:
         """Accumulate K pairs of gradients and update after each pair, or once after all."""
-        config = self.config.algorithm
-        draws = self.parts.draws.pairs(len(rollout.prompts), config.pairs, generator(self.seed, "injection", self.step))
-        augmentation = generator(self.seed, "augmentation", self.step)
+        config, batch = self.config.algorithm, len(rollout.prompts)
+        draws = self.parts.draws.pairs(batch, config.pairs, generator(self.seed, "injection", self._turn))
+        augmentation = generator(self.seed, "augmentation", self._turn)
         per_update = 1 if config.update == "pair" else config.pairs
         losses, norms = [], []
-        for number, injections in enumerate(draws, 1):
-            with arithmetic(self.device, self._dtype):
-                metrics = self.parts.algorithm.backward(
-                    rollout,
-                    injections,
-                    self.step + 1,
-                    weights=weights,
-                    scale=1 / (len(injections) * per_update),
-                    generator=augmentation,
-                )
-            self.ledger.gradient_passes += len(injections) * len(rollout.prompts)
-            self.ledger.reward_calls += len(injections) * len(rollout.prompts)
-            losses.append(metrics["loss"])
-            if number % per_update == 0:
-                norms.append(self._update(metrics["loss"], scale))
+        for part in chunks(config.pairs, per_update):
+            loss = 0.0
+            for injections in draws[part]:
+                with arithmetic(self.device, self._dtype):
+                    metrics = self.parts.algorithm.backward(
+                        rollout,
+                        injections,
+                        self.step + 1,
+                        weights=weights,
+                        scale=1 / (len(injections) * per_update),
+                        generator=augmentation,
+                    )
+                self.ledger.gradient_passes += self._everywhere(len(injections) * batch)
+                self.ledger.reward_calls += self._everywhere(len(injections) * batch)
+                loss += metrics["loss"]
+            loss = self.ranks.average_gradients(self.parameters, loss)
+            losses.append(loss)
+            norms.append(self._update(loss, scale))
         return {
             "loss": sum(losses) / len(losses),
             "grad_norm": sum(norms) / len(norms),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
+
+    def _everywhere(self, count: int) -> int:
+        """What all ranks did, of which each does the same."""
+        return count * self.ranks.size
 
     def _update(self, loss: float, scale: float) -> float:
         """One optimizer step at the rate that warm-up and target leave; returns the gradient norm before clipping."""
@@ -330,10 +475,7 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.parameters, options.grad_clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            raise SrpoError(
-                f"loss {loss} with gradient norm {norm} at step {self.step + 1}: the weights of the last checkpoint "
-                f"are whole; lower optimizer.lr (now {options.lr:g}) and start again from there"
-            )
+            raise self.ranks.common(self._not_finite(loss, norm))
         warm = min(1.0, (self.ledger.updates + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * warm * scale
@@ -342,15 +484,22 @@ class Run:
         self.ledger.updates += 1
         return norm
 
+    def _not_finite(self, loss: float, norm: float) -> SrpoError:
+        what = f"loss {loss:g} with gradient norm {norm:g} at step {self.step + 1}"
+        advice = f"start a new run with a lower optimizer.lr (now {self.config.optimizer.lr:g})"
+        if self.step == 0:
+            return SrpoError(f"{what}: {advice}")
+        weights = shlex.quote(str(Checkpoint.of(self.folder.checkpoints, self.step).transformer))
+        return SrpoError(f"{what}: the {self.step} before it are saved; {advice} and --set model.weights={weights}")
+
     def _save(self) -> None:
-        state = {
-            "config": _digest(self.config),
-            "target": self.target.state_dict() if self.target else None,
-            "ledger": self.ledger.state_dict(),
-            "evaluator": self.evaluator.state_dict(),
-        }
+        """Write a checkpoint, unless this step has one."""
+        if not self.ranks.leads or self.saved == self.step:
+            return
+        state = {"config": _digest(self.config), **self.data, **self._state()}
         keep = self.config.checkpoint.keep
-        save_checkpoint(self.folder.checkpoints, self.step, self.model.transformer, self.optimizer, state, keep)
+        save_checkpoint(self.folder.checkpoints, self.step, self.model.save_weights, self.optimizer, state, keep)
+        self.saved = self.step
 
     # --- pictures and figures -------------------------------------------------------------------------------------
 
@@ -402,7 +551,7 @@ class Run:
         save_grid(rows, self.folder.path / BEFORE_AFTER, labels, prompts)
 
     def _evaluate(self, name: str) -> Evaluation | None:
-        if not self.prompts.held_out:
+        if not self.evaluator.prompts:
             return None
         with arithmetic(self.device, self._dtype):
             evaluation = self.evaluator.run()
@@ -411,12 +560,14 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Measure the tuned model, and write the pictures of before and after and the summary."""
+        if self.evaluator.prompts:
+            self.say(f"measuring the tuned model on {len(self.evaluator.prompts)} held-out prompts")
         tuned = self._evaluate(TUNED)
         self._sample()
         self._draw_before_after()
-        base = json.loads((self.folder.path / BASE).read_text()) if tuned else {}
+        base = self.folder.path / BASE
         summary = {
-            "base": base,
+            "base": json.loads(base.read_text()) if tuned and base.exists() else {},
             "tuned": tuned.to_json() if tuned else {},
             "steps": self.step,
             "stopped_by": "target" if self.stopped else "steps",
@@ -424,7 +575,7 @@ class Run:
             "ledger": self.ledger.report(),
             "seed": self.seed,
             "model": self.config.model.name,
-            "evaluation_prompts": len(self.prompts.held_out),
+            "evaluation_prompts": len(self.evaluator.prompts),
         }
         self.folder.write_json(SUMMARY, summary)
         return summary

@@ -17,6 +17,8 @@ from typing import Any
 from srpo_cli.errors import SrpoError, UsageError
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 _PACKAGES = (
     "srpo-cli",
     "torch",
@@ -30,26 +32,30 @@ _PACKAGES = (
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line that names the folder."""
+    """Turn what a disk refuses, most often because it is full or read-only, into one line that names the folder."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise SrpoError(f"the disk of {path} is full: free some space, then resume the run") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _FORBIDDEN:
             raise UsageError(f"cannot write to {path} ({error.strerror}): choose another --output") from error
-        raise
+        raise SrpoError(f"cannot write to {path} ({error.strerror or error})") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between."""
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path.parent):
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def environment() -> dict[str, Any]:
@@ -73,7 +79,7 @@ class RunFolder:
     """The folder of one training run.
 
     Args:
-        path: the folder; created by :meth:`start`, expected by :meth:`resume`.
+        path: the folder; made by :meth:`start`, there already for :meth:`go_on`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,22 +87,50 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
 
-    def start(self, config_text: str) -> None:
-        """Make the folder for a new run; UsageError where one, or anything else, already is."""
-        if (self.path / CONFIG).exists():
-            raise UsageError(
-                f"{self.path} holds another run: go on with it by `srpo train --resume {self.path}`, "
-                "or choose another --output"
-            )
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{self.path} is a file: choose another --output")
-        if self.path.exists() and any(self.path.iterdir()):
-            raise UsageError(f"{self.path} is not empty and holds no run: choose another --output")
+    def check_free(self) -> None:
+        """UsageError where a run, or anything else, already is, and where nothing can be written."""
         with disk_errors(self.path):
-            self.samples.mkdir(parents=True)
-            self.checkpoints.mkdir()
+            if (self.path / CONFIG).exists():
+                raise UsageError(
+                    f"{self.path} holds another run: go on with it by `srpo train --resume {self.path}`, "
+                    "or choose another --output"
+                )
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"{self.path} is a file: choose another --output")
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UsageError(f"{self.path} is not empty and holds no run: choose another --output")
+            place = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise UsageError(f"cannot write to {place}: choose another --output")
+
+    def start(self, config_text: str, **facts: Any) -> None:
+        """Make the folder of a new run; ``facts`` are noted beside the environment."""
+        self.check_free()
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / CONFIG, config_text)
-        self.write_json(ENVIRONMENT, environment())
+        self.write_json(ENVIRONMENT, {**environment(), **facts})
+        self._make_folders()
+
+    def go_on(self, config_text: str) -> None:
+        """Prepare an earlier run to be continued, maybe to another length than it was begun with."""
+        if (self.path / CONFIG).read_text() != config_text:
+            write_atomically(self.path / CONFIG, config_text)
+        self._make_folders()
+
+    def _make_folders(self) -> None:
+        with disk_errors(self.path):
+            for folder in (self.samples, self.checkpoints):
+                folder.mkdir(exist_ok=True)
+
+    def environment(self) -> dict[str, Any]:
+        """Where the run was begun; SrpoError if that cannot be read."""
+        try:
+            return {"packages": {}, **json.loads((self.path / ENVIRONMENT).read_text())}
+        except (OSError, ValueError, TypeError) as error:
+            raise SrpoError(
+                f"{self.path / ENVIRONMENT} cannot be read, so that going on may not be exact: start a new run"
+            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
@@ -105,6 +139,8 @@ class RunFolder:
         """Append one record to ``metrics.jsonl``."""
         with disk_errors(self.path), open(self.path / METRICS, "a") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the records of a checkpoint's steps must not be younger than it
 
     def records(self) -> list[dict[str, Any]]:
         """All complete records of ``metrics.jsonl``; a line that a crash cut off is left out."""

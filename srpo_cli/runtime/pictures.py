@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from srpo_cli.runtime.folder import disk_errors
+from srpo_cli.runtime.folder import write_atomically
 
 METADATA_KEY = "srpo"
 """Name of the PNG text chunk that holds a picture's metadata as one JSON object."""
 
-_MARGIN, _SMALL = 4, 144  # pixels between pictures; smaller pictures are enlarged to about this
+_MARGIN = 4  # px between pictures
+_SMALL, _LARGE = 144, 512  # px: on a sheet smaller pictures are enlarged to about the one, larger ones reduced
+_WIDEST = 1600  # px: a sheet that people look at without scrolling sideways
+_LABEL, _LINES = 160, 6  # px of a row's label and lines of a caption; prompts can be a paragraph
+_FONT = 13  # px, the least that is legible
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -32,62 +37,94 @@ def save_png(image: Tensor, path: Path, metadata: dict[str, Any]) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """The metadata of a PNG that :func:`save_png` wrote; None for any other or damaged file."""
+    """The metadata of a PNG that :func:`save_png` wrote; None for any other, cut off or damaged file."""
     try:
         with Image.open(path) as image:
+            image.load()  # the metadata stands before the pixels, so a file that was cut off has it too
             return json.loads(image.info[METADATA_KEY])
-    except (OSError, KeyError, ValueError, SyntaxError):
+    except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
 
+def thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in which :func:`save_grid` shows a picture of ``size``."""
+    longest = max(size)
+    if longest > _LARGE:
+        return tuple(max(1, round(edge * _LARGE / longest)) for edge in size)
+    scale = max(1, _SMALL // longest)
+    return size[0] * scale, size[1] * scale
+
+
 def save_grid(rows: Sequence[Tensor], path: Path, row_labels: Sequence[str] = (), captions: Sequence[str] = ()) -> None:
-    """Write rows of pictures, each (N, 3, H, W) in [0, 1], as one PNG.
+    """Write rows of equally many pictures, each (N, 3, H, W) in [0, 1], as one PNG.
 
     ``row_labels`` stand before the rows, ``captions`` under the columns. Small pictures are enlarged by a whole
-    factor without smoothing, so that pixels stay what they are.
+    factor without smoothing, so that pixels stay what they are; large ones are reduced. Columns that would make the
+    sheet wider than a screen go on in another band of all rows below.
     """
-    count, _, height, width = rows[0].shape
-    scale = max(1, _SMALL // max(height, width))
-    cell_width, cell_height = width * scale, height * scale
-    font = ImageFont.load_default(size=13)
-    left = max([int(font.getlength(label)) for label in row_labels], default=-2 * _MARGIN) + 2 * _MARGIN
-    wrapped = [_wrap(caption, font, cell_width) for caption in captions]
-    footer = max([len(lines) for lines in wrapped], default=0) * 16
-    sheet = Image.new(
-        "RGB",
-        (
-            left + count * (cell_width + _MARGIN) + _MARGIN,
-            len(rows) * (cell_height + _MARGIN) + _MARGIN + footer,
-        ),
-        "white",
-    )
+    count = len(rows[0])
+    cell_height, cell_width = thumbnail_size(tuple(rows[0].shape[-2:]))
+    font = ImageFont.load_default(size=max(_FONT, cell_width // 24))
+    line = int(font.size) + 3
+    labels = [_wrap(label, font, max(_LABEL, cell_width // 2), cell_height // line) for label in row_labels]
+    left = max([int(font.getlength(text)) + 1 for lines in labels for text in lines], default=-2 * _MARGIN)
+    left += 2 * _MARGIN
+
+    fitting = max(1, (_WIDEST - left) // (cell_width + _MARGIN))
+    bands = -(-count // fitting)
+    columns = -(-count // bands)  # as many in each band, so that the last one is not a lonely picture
+    wrapped = [_wrap(caption, font, cell_width - _MARGIN, _LINES) for caption in captions]
+    footers = [
+        max([len(lines) * line + 2 * _MARGIN for lines in wrapped[first : first + columns]], default=0)
+        for first in range(0, count, columns)
+    ]
+    body = len(rows) * (cell_height + _MARGIN)
+    width = left + columns * (cell_width + _MARGIN) + _MARGIN
+    sheet = Image.new("RGB", (width, _MARGIN + sum(body + footer for footer in footers)), "white")
     draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(rows):
-        top = _MARGIN + r * (cell_height + _MARGIN)
-        if row_labels:
-            draw.text((_MARGIN, top + cell_height // 2), row_labels[r], "black", font, anchor="lm")
-        for c, image in enumerate(row):
-            enlarged = to_pil(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left + _MARGIN + c * (cell_width + _MARGIN), top))
-    bottom = len(rows) * (cell_height + _MARGIN) + _MARGIN
-    for c, lines in enumerate(wrapped):
-        position = (left + _MARGIN + c * (cell_width + _MARGIN), bottom)
-        draw.multiline_text(position, "\n".join(lines), "black", font, spacing=2)
+
+    top = _MARGIN
+    for band, footer in enumerate(footers):
+        for r, row in enumerate(rows):
+            y = top + r * (cell_height + _MARGIN)
+            if labels:
+                draw.text((_MARGIN, y + cell_height // 2), "\n".join(labels[r]), "black", font, anchor="lm", spacing=3)
+            for c, image in enumerate(row[band * columns : (band + 1) * columns]):
+                position = (left + _MARGIN + c * (cell_width + _MARGIN), y)
+                sheet.paste(_resized(to_pil(image), (cell_width, cell_height)), position)
+        for c, lines in enumerate(wrapped[band * columns : (band + 1) * columns]):
+            position = (left + _MARGIN + c * (cell_width + _MARGIN), top + body)
+            draw.text(position, "\n".join(lines), "black", font, spacing=3)
+        top += body + footer
     _save(sheet, path)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    enlarged = size[0] >= image.width
+    return image.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) -> list[str]:
+    """Lines of ``text`` that fit into ``width`` px; words that do not are cut, and so is what ``limit`` leaves over."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        while font.getlength(word) > width and len(word) > 1:
+            fitting = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines.append(word[:fitting])
+            word = word[fitting:]
+        lines.append(word)
+    if len(lines) > limit:
+        last = lines[limit - 1]
+        while last and font.getlength(f"{last}…") > width:
+            last = last[:-1]
+        lines = [*lines[: limit - 1], f"{last.rstrip()}…"]
     return lines
 
 
 def _save(image: Image.Image, path: Path, **options: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path.parent):
-        image.save(temporary, "PNG", **options)
-        temporary.replace(path)
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", **options)
+    write_atomically(path, encoded.getvalue())

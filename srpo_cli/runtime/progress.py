@@ -1,13 +1,16 @@
-"""Progress on stderr: one live line on a terminal, a plain line now and then anywhere else."""
+"""Progress on stderr: a live display on a terminal, a plain line now and then anywhere else."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 _PLAIN_EVERY = 15.0  # seconds between plain lines
 
@@ -23,19 +26,20 @@ class StepProgress:
 
     def __init__(self, total: int, done: int = 0, quiet: bool = False) -> None:
         self.total, self.done, self.quiet = total, done, quiet
-        self._first, self._started, self._last = done, time.monotonic(), 0.0
-        self._live: Progress | None = None
+        self._first, self._started, self._last = done, time.monotonic(), -math.inf
+        self._live: Live | None = None
         if not quiet and sys.stderr.isatty():
-            self._live = Progress(
+            self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[rate]}  eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}"),
-                console=Console(stderr=True),
             )
-            self._task = self._live.add_task("", total=total, completed=done, rate="", values="")
+            self._task = self._bar.add_task("", total=total, completed=done, rate="")
+            self._values = Text(no_wrap=True, overflow="ellipsis")
+            # Two lines: beside a bar and a rate the values have no room on a terminal of 80 columns.
+            self._live = Live(Group(self._bar, self._values), console=Console(stderr=True), refresh_per_second=4)
 
     def __enter__(self) -> StepProgress:
         if self._live:
@@ -52,7 +56,8 @@ class StepProgress:
         seconds = (time.monotonic() - self._started) / max(step - self._first, 1)
         text = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
         if self._live:
-            self._live.update(self._task, completed=step, rate=f"{seconds:.2f} s/step", values=text)
+            self._bar.update(self._task, completed=step, rate=f"{seconds:.2f} s/step")
+            self._values.plain = text
         elif not self.quiet and (step == self.total or time.monotonic() - self._last >= _PLAIN_EVERY):
             self._last = time.monotonic()
             eta = seconds * (self.total - step)

@@ -1,8 +1,9 @@
-"""Prompts from arguments, a file (txt, jsonl, csv) or standard input."""
+"""Prompts from a file (txt, jsonl, csv) or standard input."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterable
@@ -18,15 +19,20 @@ def read_prompts(source: str) -> list[str]:
     Standard input is read as jsonl when its first line is an object.
     """
     if source == "-":
-        text, name, kind = sys.stdin.read(), "standard input", ".txt"
-        kind = ".jsonl" if text.lstrip().startswith("{") else kind
+        name, kind = "standard input", ".txt"
     else:
-        path = Path(source)
-        try:
-            text, name, kind = path.read_text(encoding="utf-8-sig"), source, path.suffix.lower()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise UsageError(f"cannot read prompts from {source}: {reason}") from error
+        name, kind = source, Path(source).suffix.lower()
+    if kind == ".json":
+        raise UsageError(f"cannot read prompts from {source}: write it as .jsonl, one object with a prompt a line")
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        text.encode()  # standard input may smuggle bytes that are no text through as lone surrogates
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError(f"cannot read prompts from {name}: {reason}") from error
+    text = text.removeprefix("\ufeff")  # a byte order mark, which some editors leave
+    if source == "-" and text.lstrip().startswith("{"):
+        kind = ".jsonl"
     prompts = [prompt.strip() for prompt in _parse(text, kind, name) if prompt.strip()]
     if not prompts:
         raise UsageError(f"{name} holds no prompt: give one prompt a line")
@@ -34,17 +40,26 @@ def read_prompts(source: str) -> list[str]:
 
 
 def _parse(text: str, kind: str, name: str) -> Iterable[str]:
+    # Line feeds only: str.splitlines would break a JSON string or a prompt at U+2028 and its like.
+    lines = text.split("\n")
     if kind == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield str(json.loads(line)["prompt"])
+                    prompt = json.loads(line)["prompt"]
                 except (ValueError, KeyError, TypeError) as error:
                     raise UsageError(f"{name}, line {number}: not a JSON object with a prompt") from error
+                if not isinstance(prompt, str):
+                    raise UsageError(f"{name}, line {number}: prompt is {json.dumps(prompt)[:40]}, not a text")
+                yield prompt
     elif kind == ".csv":
-        rows = csv.DictReader(text.splitlines())
-        if "prompt" not in (rows.fieldnames or []):
-            raise UsageError(f"{name} has no column 'prompt': its columns are {', '.join(rows.fieldnames or ['none'])}")
-        yield from (row["prompt"] or "" for row in rows)
+        rows = csv.DictReader(io.StringIO(text, newline=""))  # a quoted prompt may hold line breaks
+        try:
+            if "prompt" not in (rows.fieldnames or []):
+                columns = ", ".join(rows.fieldnames or ["none"])
+                raise UsageError(f"{name} has no column 'prompt': its columns are {columns}")
+            yield from (row["prompt"] or "" for row in rows)
+        except csv.Error as error:
+            raise UsageError(f"{name}, line {rows.line_num}: not CSV ({error})") from error
     else:
-        yield from text.splitlines()
+        yield from lines

@@ -39,10 +39,9 @@ worst: dict[str, float] = {}
 def list_errors(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.config.get_verbosity() > 0:
-        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line(f"\nlargest relative errors over {', '.join(CASES)}:")
-        for what, error in worst.items():
-            reporter.write_line(f"  {what:38s} {error:.1e}")
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print(f"\nlargest relative errors over {', '.join(CASES)}:")
+            print(*(f"  {what:38s} {error:.1e}" for what, error in worst.items()), sep="\n")
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -169,8 +169,8 @@ def test_set_takes_a_whole_section_and_null():
         ("control_words.positive=real", ["control_words.positive is real", "should be a list"]),
         ("control_words.template={word}. {prompt}", ["quote", "not YAML", "column"]),
         (
-            "algorithm.window=[0.3,0.6]",
-            ["algorithm.delta_sigma is 0.2", "algorithm.window, which is [0.3, 0.6]"],
+            "algorithm.window=[0.3,0.5]",
+            ["algorithm.delta_sigma is 0.15", "algorithm.window, which is [0.3, 0.5]"],
         ),
         ("algorithm.reference.shift=2", ["no effect", "--set algorithm.schedule=reference"]),
     ],

@@ -1,20 +1,20 @@
 """Checkpoints: what comes back is what was saved, a damaged one is named, nothing is unpickled."""
 
-import json
-
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.runtime.checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
 
 
 class Model(torch.nn.Linear):
-    """A layer that saves itself as diffusers' models do."""
+    """A layer that saves itself as the model families do."""
 
-    def save_pretrained(self, folder):
+    def save_weights(self, folder):
         folder.mkdir()
-        (folder / "weights").write_text(json.dumps(self.weight.tolist()))
+        save_file({"weight": self.weight.detach()}, folder / "weights.safetensors")
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def trained():
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    return model, optimizer
+    return model.save_weights, optimizer
 
 
 def test_the_optimizer_comes_back_exactly(tmp_path, trained):
-    model, optimizer = trained
-    checkpoint = save_checkpoint(tmp_path, 20, model, optimizer, {"ledger": {"updates": 1}}, keep=2)
+    save_weights, optimizer = trained
+    checkpoint = save_checkpoint(tmp_path, 20, save_weights, optimizer, {"ledger": {"updates": 1}}, keep=2)
     assert checkpoint.path.name == "step-000020"
     assert checkpoint.state() == {"step": 20, "ledger": {"updates": 1}}
     other = torch.optim.AdamW(Model(3, 2).parameters(), 1e-3)
@@ -54,6 +54,46 @@ def test_a_half_written_checkpoint_is_none(tmp_path):
     (tmp_path / "checkpoints" / ".step-000010.tmp").mkdir(parents=True)
     with pytest.raises(UsageError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
+
+
+def test_what_a_killed_process_left_half_done_is_cleared_away(tmp_path, trained):
+    for left in (".step-000005.tmp", ".step-000002.old.tmp"):
+        (tmp_path / left / "transformer").mkdir(parents=True)
+    assert list_checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, 10, *trained, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+
+
+def test_a_write_that_fails_leaves_the_checkpoints_that_were_there(tmp_path, trained):
+    def no_space(folder):
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(b"as far as it goes")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    save_checkpoint(tmp_path, 10, *trained, {}, keep=1)
+    with pytest.raises(SrpoError, match=r"No space left .* MiB free: free some space, then resume"):
+        save_checkpoint(tmp_path, 20, no_space, trained[1], {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
+
+
+def test_weights_that_were_cut_off_are_found_without_reading_them(tmp_path, trained):
+    checkpoint = save_checkpoint(tmp_path, 10, *trained, {}, keep=1)
+    checkpoint.check_transformer()
+    file = checkpoint.transformer / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(SrpoError, match=r"transformer\): remove it, and the resumed run starts over"):
+        checkpoint.check_transformer()
+    file.unlink()
+    with pytest.raises(SrpoError, match="transformer"):
+        checkpoint.check_transformer()
+
+
+def test_a_damaged_checkpoint_says_which_one_is_before_it(tmp_path, trained):
+    save_checkpoint(tmp_path, 10, *trained, {}, keep=2)
+    newest = save_checkpoint(tmp_path, 20, *trained, {}, keep=2)
+    (newest.path / "state.json").write_text("[]")
+    with pytest.raises(SrpoError, match="goes on from step-000010"):
+        newest.state()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04\x95cos\nsystem\n."])

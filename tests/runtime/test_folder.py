@@ -41,6 +41,16 @@ def test_a_read_only_place_is_one_line(tmp_path):
         RunFolder(tmp_path / "run").start("")
 
 
+def test_nothing_is_made_before_a_run_starts(tmp_path):
+    RunFolder(tmp_path / "runs" / "new").check_free()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_any_other_refusal_of_the_disk_is_one_line_too(tmp_path):
+    with pytest.raises(SrpoError, match="Input/output error"), disk_errors(tmp_path):
+        raise OSError(5, "Input/output error")
+
+
 def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path):
     with pytest.raises(SrpoError, match="full: free some space"), disk_errors(tmp_path):
         raise OSError(28, "No space left on device")
@@ -57,6 +67,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_atomically(path, None)
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_going_on_keeps_the_run_and_takes_its_new_length(tmp_path):
+    run = RunFolder(tmp_path)
+    run.start("steps: 2\n", processes=1)
+    run.log({"step": 1})
+    run.samples.rmdir()
+    run.go_on("steps: 4\n")
+    assert (tmp_path / CONFIG).read_text() == "steps: 4\n"
+    assert run.records() == [{"step": 1}]
+    assert run.samples.is_dir()
+    assert run.environment()["processes"] == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_an_environment_that_cannot_be_read_is_one_line(tmp_path, content):
+    (tmp_path / "environment.json").write_text(content)
+    with pytest.raises(SrpoError, match="start a new run"):
+        RunFolder(tmp_path).environment()
 
 
 def test_a_cut_off_line_is_dropped_and_later_steps_too(tmp_path):

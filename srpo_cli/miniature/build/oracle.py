@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,10 +14,10 @@ from srpo_cli.miniature.build.reward import shift
 from srpo_cli.miniature.oracle import HEADS, Classifier
 from srpo_cli.miniature.world import GROUNDS, LIGHTS, PHOTO, draw_realism, draw_scenes, render
 
-HELD_OUT = 1000
 
-
-def train_classifier(renders: Renders, copies: Tensor, steps: int, device: str, seed: int = 0, log=print) -> Classifier:
+def train_classifier(
+    renders: Renders, copies: Tensor, steps: int, device: str, seed: int = 0, log: Callable[[str], None] = print
+) -> Classifier:
     """Train on renders and on their ``copies`` through the autoencoder (uint8, same order), shifted and noised."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -23,7 +25,7 @@ def train_classifier(renders: Renders, copies: Tensor, steps: int, device: str, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        index = torch.randint(len(renders) - HELD_OUT, (64,), generator=generator)
+        index = torch.randint(len(renders) - renders.held_out, (64,), generator=generator)
         source = renders.images if step % 2 else copies
         images = shift(source[index].float() / 255, generator)
         images = images * (0.9 + 0.2 * torch.rand(64, 1, 1, 1, generator=generator))
@@ -44,15 +46,16 @@ def train_classifier(renders: Renders, copies: Tensor, steps: int, device: str, 
 @torch.no_grad()
 def accuracy(model: Classifier, renders: Renders, copies: Tensor, device: str) -> dict[str, float]:
     """Accuracy of each head on the held-out copies."""
-    logits = model.eval()(copies[-HELD_OUT:].float().to(device) / 255)
-    scenes = renders.scenes[slice(-HELD_OUT, None)]
+    logits = model.eval()(copies[-renders.held_out :].float().to(device) / 255)
+    scenes = renders.scenes[-renders.held_out :]
     return {n: round((logits[n].argmax(1).cpu() == getattr(scenes, n)).float().mean().item(), 3) for n in HEADS}
 
 
-def measure_photographs(round_trip, count: int = 6000, seed: int = 77) -> dict[str, Tensor]:
+def measure_photographs(round_trip: Callable[[Tensor], Tensor], count: int = 6000, seed: int = 77) -> dict[str, Tensor]:
     """Mean statistics of photographs by ground and light, their precision and spread, and the radius that holds 90 %.
 
-    Half of the photographs give the means and the covariance, the other half the radius.
+    ``round_trip`` sends pictures through the autoencoder. Half of the photographs give the means and the covariance,
+    the other half the radius.
     """
     generator = torch.Generator().manual_seed(seed)
     scenes = draw_scenes(count, generator)

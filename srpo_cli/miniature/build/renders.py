@@ -23,6 +23,11 @@ class Renders:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def held_out(self) -> int:
+        """How many pictures, the last ones, the classifiers are tested on and never trained on."""
+        return min(1000, len(self) // 10)
+
     def batch(self, index: Tensor) -> Tensor:
         """Pictures at ``index``, (B, 3, 48, 48) float in [0, 1]."""
         return self.images[index].float() / 255
@@ -48,6 +53,8 @@ def load_renders(folder: Path, count: int, seed: int, workers: int, part: int = 
             parts = [_render_part(job) for job in jobs]
         scenes = {name: torch.cat([getattr(p[1], name) for p in parts]) for name in Scenes.__dataclass_fields__}
         texts = [text for p in parts for text in p[2]]
-        torch.save({"images": torch.cat([p[0] for p in parts]), "scenes": scenes, "texts": texts}, path)
+        unfinished = path.with_suffix(".tmp")
+        torch.save({"images": torch.cat([p[0] for p in parts]), "scenes": scenes, "texts": texts}, unfinished)
+        unfinished.replace(path)
     stored = torch.load(path, weights_only=True)
     return Renders(stored["images"], Scenes(**stored["scenes"]), stored["texts"])

@@ -7,6 +7,7 @@ does, while the difference between two control words stays honest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import open_clip
@@ -21,6 +22,7 @@ from srpo_cli.miniature.world import CG, PHOTO, STYLE_WORDS, STYLES, luma
 IMAGE_SIZE = 56
 """The reward resizes 48 to 56 pixels, so that its 8-pixel patches do not fall on the transformer's 8-pixel tokens."""
 
+EMBED_DIM = 96
 VISION = dict(image_size=IMAGE_SIZE, patch_size=8, width=128, layers=3, head_width=32)
 TEXT = dict(width=96, heads=3, layers=2)
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -29,18 +31,26 @@ SHIFT = 3
 
 def new_clip(tokenizer: SimpleTokenizer) -> open_clip.CLIP:
     text = dict(context_length=tokenizer.context_length, vocab_size=tokenizer.vocab_size, **TEXT)
-    return open_clip.CLIP(embed_dim=96, vision_cfg=VISION, text_cfg=text)
+    return open_clip.CLIP(embed_dim=EMBED_DIM, vision_cfg=VISION, text_cfg=text)
 
 
 def preprocess(images: Tensor) -> Tensor:
-    """Resize (B, 3, 48, 48) in [0, 1] to the reward's input and normalise."""
+    """Resize (B, 3, 48, 48) in [0, 1] to the reward's input and normalise.
+
+    As ``srpo_cli.rewards.clip.preprocess``, and clamped besides: what a resized picture file would hold. A reward that
+    is trained against does not clamp, because the overshoot of a resize would then have no gradient.
+    """
     images = F.interpolate(images, size=IMAGE_SIZE, mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
     return (images - mean) / std
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Translate a batch by up to ``SHIFT`` pixels, edges reflected, so that no patch grid is privileged."""
+    """Translate a batch by up to ``SHIFT`` pixels, edges reflected, so that no patch grid is privileged.
+
+    One translation for the batch, a fraction of the cost of ``srpo_cli.rewards.augment.Augment`` with one for each
+    picture; over a thousand batches it comes to the same.
+    """
     top, left = torch.randint(2 * SHIFT + 1, (2,), generator=generator).tolist()
     height, width = images.shape[-2:]
     return F.pad(images, (SHIFT,) * 4, mode="reflect")[..., top : top + height, left : left + width]
@@ -56,7 +66,7 @@ class Batches:
     device: str
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.randint(len(self.renders) - 1000, (size,), generator=generator)
+        index = torch.randint(len(self.renders) - self.renders.held_out, (size,), generator=generator)
         return self.renders.batch(index).to(self.device), self.tokens[index].clone().to(self.device), index
 
 
@@ -66,17 +76,15 @@ def make_batches(renders: Renders, tokenizer: SimpleTokenizer, device: str) -> B
 
 
 def contrastive_loss(model: open_clip.CLIP, images: Tensor, tokens: Tensor) -> Tensor:
-    image, text = (
-        model.encode_image(preprocess(images), normalize=True),
-        model.encode_text(tokens, normalize=True),
-    )
+    image = model.encode_image(preprocess(images), normalize=True)
+    text = model.encode_text(tokens, normalize=True)
     logits = model.logit_scale.exp().clamp(max=60) * image @ text.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def train_contrastive(
-    batches: Batches, tokenizer: SimpleTokenizer, steps: int, seed: int = 0, log=print
+    batches: Batches, tokenizer: SimpleTokenizer, steps: int, seed: int = 0, log: Callable[[str], None] = print
 ) -> open_clip.CLIP:
     """Train image and text towers on captions; 8 % of the captions are the style word alone."""
     torch.manual_seed(seed)
@@ -137,11 +145,16 @@ def draw_look(size: int, generator: torch.Generator) -> Look:
 
 
 GLOSS = Look(torch.tensor([1.6]), torch.tensor([0.7]), torch.tensor([0.0]), torch.tensor([1.15]))
-"""The glossy copy of a picture: more saturated, smoother, brighter."""
+"""The glossy copy of a picture: more saturated, smoother, brighter; applies to a batch of any size."""
 
 
 def train_preference(
-    model: open_clip.CLIP, batches: Batches, tokenizer: SimpleTokenizer, steps: int, seed: int = 1, log=print
+    model: open_clip.CLIP,
+    batches: Batches,
+    tokenizer: SimpleTokenizer,
+    steps: int,
+    seed: int = 1,
+    log: Callable[[str], None] = print,
 ) -> open_clip.CLIP:
     """Fine-tune on Bradley-Terry pairs of looks of the same picture (30 %: of another scene), in place.
 
@@ -183,38 +196,32 @@ def train_preference(
 
 @torch.no_grad()
 def measure(model: open_clip.CLIP, batches: Batches, tokenizer: SimpleTokenizer, count: int = 800) -> dict[str, float]:
-    """What the reward has learned, on the last ``count`` renders (never drawn in training)."""
+    """What the reward has learned, on the last ``count`` renders at most, never drawn in training."""
     model.eval()
-    scenes = batches.renders.scenes[slice(-count, None)]
+    count = min(count, batches.renders.held_out)
+    scenes, captions = batches.renders.scenes[-count:], batches.renders.texts[-count:]
     images = batches.renders.images[-count:].float().to(batches.device) / 255
-    contents = [text.split(". ")[-1] for text in batches.renders.texts[-count:]]
+    contents = [caption.split(". ")[-1] for caption in captions]
 
     def features(pictures: Tensor) -> Tensor:
         return torch.cat([model.encode_image(preprocess(part), normalize=True) for part in pictures.split(100)])
 
-    def text(prefix: str) -> Tensor:
-        return model.encode_text(tokenizer([prefix + t for t in contents]).to(images.device), normalize=True)
+    def text(texts: list[str], prefix: str = "") -> Tensor:
+        return model.encode_text(tokenizer([prefix + t for t in texts]).to(images.device), normalize=True)
 
-    f, plain = features(images), text("")
-    gap = (f * (text("realistic photo. ") - text("cg render. "))).sum(-1).cpu()
-    photos, renders_, unstyled = (gap[scenes.style == s] for s in (PHOTO, CG, 0))
-    generator = torch.Generator().manual_seed(0)
-    look = Look(*(value.expand(count) for value in (GLOSS.saturation, GLOSS.blur, GLOSS.grain, GLOSS.brightness)))
-    glossy = (features(look.apply(images, generator)) * plain).sum(-1)
-    rises = (glossy > (f * plain).sum(-1)).cpu()[scenes.style == 0]
-    ranks = (
-        f @ model.encode_text(tokenizer(batches.renders.texts[-count:]).to(images.device), normalize=True).T
-    ).argmax(-1)
-    right = sum(
-        batches.renders.texts[-count:][r] == t
-        for r, t in zip(ranks.tolist(), batches.renders.texts[-count:], strict=True)
-    )
+    image, plain = features(images), text(contents)
+    gap = (image * (text(contents, "realistic photo. ") - text(contents, "cg render. "))).sum(-1).cpu()
+    photos, cg, unstyled = (gap[scenes.style == s] for s in (PHOTO, CG, 0))
+    glossy = (features(GLOSS.apply(images, torch.Generator().manual_seed(0))) * plain).sum(-1)
+    rises = (glossy > (image * plain).sum(-1)).cpu()[scenes.style == 0]
+    nearest = (image @ text(captions).T).argmax(-1).tolist()
+    right = sum(captions[n] == caption for n, caption in zip(nearest, captions, strict=True))
     realism = scenes.realism[scenes.style == 0]
     return {
-        "auc_photo_cg": (photos[:, None] > renders_[None]).float().mean().item(),
+        "auc_photo_cg": (photos[:, None] > cg).float().mean().item(),
         "prefers_gloss": rises.float().mean().item(),
         "recall_at_1": right / count,
         "gap_follows_realism": torch.corrcoef(torch.stack([unstyled, realism]))[0, 1].item(),
         "gap_photo": photos.mean().item(),
-        "gap_cg": renders_.mean().item(),
+        "gap_cg": cg.mean().item(),
     }

@@ -73,8 +73,11 @@ def t5_pieces() -> list[str]:
 
 def t5_tokenizer() -> T5TokenizerFast:
     """T5's tokenizer over ``t5_pieces``: a known word is one token, an unknown one is spelled."""
-    score = {True: -3.0, False: -10.0}
-    vocab = [(piece, 0.0 if piece[0] == "<" else score[len(piece) > 2]) for piece in t5_pieces()]
+
+    def score(piece: str) -> float:  # log probability: a word is always likelier than its letters
+        return 0.0 if piece.startswith("<") else -3.0 if len(piece) > 2 else -10.0
+
+    vocab = [(piece, score(piece)) for piece in t5_pieces()]
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
 
 
@@ -117,7 +120,6 @@ def text_encoders(seed: int = 0) -> tuple[CLIPTextModel, T5EncoderModel]:
     pieces = t5_pieces()
     with torch.no_grad():  # T5's tokenizer keeps the case; the world does not: "Photo" means what "photo" means
         same = torch.tensor([pieces.index(piece.lower()) for piece in pieces])
-
         t5.shared.weight.copy_(t5.shared.weight[same])
     return clip.eval().requires_grad_(False), t5.eval().requires_grad_(False)
 

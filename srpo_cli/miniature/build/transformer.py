@@ -102,7 +102,18 @@ def train_transformer(
     return model.eval().requires_grad_(False)
 
 
-def _worker(rank, world, port, data, folder, schedule, device, seed, batch_size) -> None:
+def _worker(
+    rank: int,
+    world: int,
+    port: int,
+    data: TrainingSet,
+    folder: Path,
+    schedule: Schedule,
+    device: str,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Train on this rank's share of every batch; gradients are averaged, so that all ranks keep the same weights."""
     if world > 1:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)

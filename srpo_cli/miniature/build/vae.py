@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -47,7 +49,7 @@ def texture_energy(images: Tensor) -> Tensor:
 
 
 def train_vae(
-    renders: Renders, steps: int, device: str, seed: int = 0, batch_size: int = 8, log=print
+    renders: Renders, steps: int, device: str, seed: int = 0, batch_size: int = 8, log: Callable[[str], None] = print
 ) -> AutoencoderKL:
     """Train in two stages: all of it on crops, then the decoder alone on whole pictures with a texture term.
 
@@ -94,7 +96,7 @@ def train_vae(
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, renders: Renders, device: str, count: int = 64) -> float:
-    """Peak signal-to-noise ratio of the round trip of the last ``count`` pictures, dB."""
+    """Peak signal-to-noise ratio of the round trip of the last ``count`` pictures, dB; training draws them too."""
     images = renders.images[-count:].float().to(device) / 255
     output = vae.decode(vae.encode(images * 2 - 1).latent_dist.mean).sample / 2 + 0.5
     return -10 * (output.clamp(0, 1) - images).square().mean().log10().item()

@@ -1,0 +1,255 @@
+"""``srpo train`` on the miniature: what a run leaves behind, what it costs, and the ways it can roll out and stop."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from srpo_cli.config.load import load_train_config
+
+pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
+
+WORDS = ("photo_distance", "photo_rate", "caption_accuracy", "reward", "sgp_gap", "saturation", "grain")
+PICTURE = Image.new("RGB", (48, 48), "red")
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+# What a run leaves behind
+
+
+def test_the_run_folder_is_complete(finished):
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    pictures = {f"samples/step-00000{step}/0{i}.png" for step in (0, 2, 4) for i in (0, 1)}
+    grids = {f"samples/step-00000{step}.png" for step in (0, 2, 4)}
+    checkpoint = {"optimizer.pt", "state.json", "transformer/config.json"}
+    checkpoint.add("transformer/diffusion_pytorch_model.safetensors")
+    checkpoints = {f"checkpoints/step-00000{step}/{name}" for step in (2, 4) for name in checkpoint}
+    records = {"config.yaml", "environment.json", "metrics.jsonl", "base.json", "tuned.json", "summary.json"}
+    assert files == pictures | grids | checkpoints | records | {"before_after.png"}
+
+
+def test_the_configuration_can_be_run_again_and_says_where_each_value_came_from(finished):
+    lines = [line.split() for line in (finished / "config.yaml").read_text().splitlines()]
+    assert ["batch_size:", "2", "#", "--set"] in lines
+    assert ["steps:", "4", "#", "--steps"] in lines
+    assert ["dtype:", "float32", "#", "preset", "realism", "(miniature)"] in lines
+    assert load_train_config(finished / "config.yaml").config.train.batch_size == 2
+
+
+def test_the_environment_names_what_an_exact_resume_needs(finished):
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert (environment["device"], environment["processes"]) == ("cpu", 1)
+
+
+def test_the_summary_holds_every_word_with_its_interval_before_and_after(finished):
+    summary = summary_of(finished)
+    for side in ("base", "tuned"):
+        assert summary[side] == json.loads((finished / f"{side}.json").read_text())
+        for word in WORDS:
+            interval = summary[side][word]
+            assert set(interval) == {"mean", "low", "high"}
+            assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert summary["base"] != summary["tuned"]
+    assert (summary["steps"], summary["stopped_by"], summary["seed"]) == (4, "steps", 42)
+    assert summary["seconds"] == pytest.approx(summary["ledger"]["seconds"], abs=0.1)
+
+
+def test_the_ledger_holds_what_can_be_worked_out_by_hand(finished):
+    ledger = summary_of(finished)["ledger"]
+    assert ledger["rollouts"] == 4 * 2  # 4 steps of 2 rollouts
+    assert ledger["forwards"] == 4 * 2 * 3  # each drawn in 3 steps
+    assert ledger["gradient_passes"] == 4 * 2 * 2 * 2  # 2 pairs of 2 branches of each
+    assert ledger["reward_calls"] == 4 * 2 * 2 + 4 * 2 * 2 * 2  # plain and augmented rollouts; every gradient pass
+    assert ledger["updates"] == 4 * 2  # after every pair
+    assert ledger["seconds"] > 0 and 0 < ledger["peak_memory_gib"] < 16
+
+
+def test_the_metrics_have_one_record_a_step(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert set(record) == {
+            "step", "reward", "sgp_gap", "photo_distance", "loss", "grad_norm", "lr", "seconds",
+        }  # fmt: skip
+        assert record["lr"] == 2e-5
+
+
+def test_the_terminal_gets_plain_progress_and_the_table(finished):
+    stderr = (finished.parent / "stderr").read_text().splitlines()
+    assert stderr[0].startswith("model: the built-in miniature")
+    assert stderr[1] == f"run: {finished}"
+    assert stderr[2] == "measuring the base model on 8 held-out prompts"
+    assert re.fullmatch(
+        r"step 4/4  \d+\.\d\d s/step  eta 0 s  reward -?\d\.\d{3}  sgp_gap -?\d\.\d{3}  photo_distance \d\.\d{3}",
+        stderr[-3],
+    )
+    assert stderr[-2:] == [
+        "measuring the tuned model on 8 held-out prompts",
+        f"pictures: {finished / 'before_after.png'}",
+    ]
+    stdout = (finished.parent / "stdout").read_text()
+    for word in WORDS:
+        assert word.replace("_", " ") in stdout
+    assert "4 steps in" in stdout and "24 forwards, 32 gradient passes, 48 reward calls" in stdout
+
+
+def test_no_library_says_anything(finished):
+    for stream in ("stdout", "stderr"):
+        text = (finished.parent / stream).read_text()
+        assert not re.search(r"Warning|it/s|%\||Loading|Writing|\r", text)
+
+
+def test_before_and_after_show_the_fixed_prompts_and_the_photographs(finished):
+    sheet, grid = (Image.open(finished / name) for name in ("before_after.png", "samples/step-000004.png"))
+    assert sheet.height > 2.5 * grid.height  # three rows against one
+    before, after = (Image.open(finished / f"samples/step-00000{step}/00.png") for step in (0, 4))
+    assert before.text.keys() == {"srpo"}
+    assert json.loads(before.text["srpo"])["prompt"] == json.loads(after.text["srpo"])["prompt"]
+    assert before.tobytes() != after.tobytes()
+
+
+def test_training_changes_every_tensor_of_the_transformer(finished):
+    first, last = (
+        load_file(finished / f"checkpoints/step-00000{step}/transformer/diffusion_pytorch_model.safetensors")
+        for step in (2, 4)
+    )
+    assert all(not torch.equal(first[name], last[name]) for name in first)
+
+
+# How a run can go
+
+
+def test_quiet_leaves_the_result_only(tmp_path, tiny, srpo):
+    outcome = srpo(*tiny(tmp_path / "run", "--quiet", steps=1))
+    assert outcome.exit_code == 0
+    assert outcome.stderr.splitlines()[1:] == [f"run: {tmp_path / 'run'}"]
+    assert outcome.stdout.startswith("1 steps in")
+
+
+def test_a_run_without_measurement_or_grids_still_ends_with_a_summary(half):
+    summary = summary_of(half)
+    assert summary["base"] == summary["tuned"] == {}
+    assert not (half / "before_after.png").exists()
+
+
+def test_grids_need_no_evaluation(tmp_path, tiny, srpo):
+    outcome = srpo(*tiny(tmp_path / "run", "--set", "samples.count=1", steps=1))
+    assert outcome.exit_code == 0
+    assert (tmp_path / "run" / "before_after.png").exists()
+    assert not (tmp_path / "run" / "base.json").exists()
+
+
+def test_evaluation_on_the_way_is_kept(tmp_path, tiny, srpo):
+    arguments = tiny(tmp_path / "run", "--set", "evaluation.prompts=2", "--set", "evaluation.every=1", steps=2)
+    assert srpo(*arguments).exit_code == 0
+    assert json.loads((tmp_path / "run" / "evaluation-000001.json").read_text())["photo_distance"]
+    assert not (tmp_path / "run" / "evaluation-000002.json").exists(), "that is tuned.json"
+
+
+def test_the_target_is_measured_and_stops_the_run(tmp_path, tiny, srpo):
+    settings = ["algorithm.target=auto", "algorithm.target_reach=0.001", "optimizer.lr=1e-4", "rollout.steps=2"]
+    outcome = srpo(*tiny(tmp_path / "run", *(f"--set={setting}" for setting in settings), steps=30))
+    assert outcome.exit_code == 0
+    assert re.search(r"target: semantic gap [+-]\d\.\d{3} now, [+-]\d\.\d{3} when asked", outcome.stderr)
+    summary = summary_of(tmp_path / "run")
+    assert summary["stopped_by"] == "target"
+    assert summary["steps"] < 30
+    assert summary["ledger"]["forwards"] == 2 * 64 * 2 + summary["steps"] * 2 * 2, "the target costs 2 x 64 pictures"
+    assert "stopped by target" in outcome.stdout
+    assert (tmp_path / "run" / f"checkpoints/step-{summary['steps']:06d}").is_dir()
+
+    outcome = srpo("train", "--resume", tmp_path / "run", "--quiet")
+    assert summary_of(tmp_path / "run")["steps"] == summary["steps"], "a target that was reached stays reached"
+
+
+def test_the_schedule_of_the_published_code_runs_on_the_miniature(tmp_path, tiny, srpo):
+    arguments = tiny(tmp_path / "run", "--set", "algorithm.schedule=reference", steps=1)
+    outcome = srpo(*arguments)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert summary_of(tmp_path / "run")["ledger"]["gradient_passes"] == 2 * 2 * 2
+
+
+def test_one_update_for_all_pairs_of_a_rollout(tmp_path, tiny, srpo):
+    outcome = srpo(*tiny(tmp_path / "run", "--set", "algorithm.update=rollout", steps=1))
+    assert outcome.exit_code == 0, outcome.stderr
+    ledger = summary_of(tmp_path / "run")["ledger"]
+    assert (ledger["updates"], ledger["gradient_passes"]) == (1, 8)
+
+
+@pytest.fixture(params=["folder", "list", "miniature"])
+def pictures(request, tmp_path):
+    """Given pictures, in each way in which they can be given."""
+    if request.param == "miniature":
+        return "miniature"
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    captions = ["a red cube on grass", "a blue cone on sand, dark", "a green sphere on snow"]
+    for i, caption in enumerate(captions):
+        PICTURE.save(folder / f"{i}.png")
+        if request.param == "folder":
+            (folder / f"{i}.txt").write_text(caption)
+    if request.param == "folder":
+        return folder
+    rows = [json.dumps({"image": f"{i}.png", "prompt": caption}) for i, caption in enumerate(captions)]
+    (folder / "list.jsonl").write_text("\n".join(rows))
+    return folder / "list.jsonl"
+
+
+def test_given_pictures_stand_for_rollouts(pictures, tmp_path, tiny, srpo):
+    source = ["--set", "rollout.source=pictures", "--set", f"rollout.pictures={pictures}"]
+    outcome = srpo(*tiny(tmp_path / "run", *source, steps=1))
+    assert outcome.exit_code == 0, outcome.stderr
+    ledger = summary_of(tmp_path / "run")["ledger"]
+    assert (ledger["rollouts"], ledger["forwards"], ledger["gradient_passes"]) == (2, 0, 8)
+
+
+def test_prompts_come_from_a_file_of_which_every_eighth_is_held_out(tmp_path, tiny, srpo):
+    prompts = [
+        f"a {colour} {shape} on snow" for colour in ("red", "blue", "green") for shape in ("cube", "cone", "sphere")
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    source = ["--set", f"prompts.source={tmp_path / 'prompts.txt'}", "--set", "samples.count=8"]
+    assert srpo(*tiny(tmp_path / "run", *source, steps=1)).exit_code == 0
+    drawn = [Image.open(path).text["srpo"] for path in sorted((tmp_path / "run" / "samples/step-000000").iterdir())]
+    assert [json.loads(text)["prompt"] for text in drawn] == [prompts[0], prompts[8]]
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A LoRA of the miniature in the file that diffusers writes."""
+    transformer = load_file_of_the_miniature()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in transformer.items():
+        if name.endswith(("attn.to_q.weight", "attn.to_k.weight")):
+            module = name.removesuffix(".weight")
+            tensors[f"transformer.{module}.lora_A.weight"] = torch.randn(2, weight.shape[1], generator=generator)
+            tensors[f"transformer.{module}.lora_B.weight"] = torch.zeros(weight.shape[0], 2)
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    return tmp_path / "pytorch_lora_weights.safetensors"
+
+
+def load_file_of_the_miniature():
+    from srpo_cli.miniature import WEIGHTS
+
+    return load_file(next((WEIGHTS / "pipeline" / "transformer").glob("*.safetensors")))
+
+
+def test_a_lora_is_trained_saved_and_gone_on_with_alone(lora, tmp_path, tiny, srpo, assert_same):
+    weights = ["--set", f"model.weights={lora}"]
+    assert srpo(*tiny(tmp_path / "whole", *weights)).exit_code == 0
+    assert srpo(*tiny(tmp_path / "half", *weights, steps=2)).exit_code == 0
+    trained = load_file(tmp_path / "half/checkpoints/step-000002/transformer/pytorch_lora_weights.safetensors")
+    assert trained.keys() == load_file(lora).keys()
+    assert all(tensor.any() for tensor in trained.values())
+    shutil.rmtree(tmp_path / "half" / "samples")
+    assert srpo("train", "--resume", tmp_path / "half", "--steps", "4").exit_code == 0
+    assert_same(tmp_path / "half", tmp_path / "whole")

@@ -1,0 +1,277 @@
+"""Several processes, started as torchrun starts them, train one model: equal weights, one voice, one folder."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from srpo_cli.config.load import load_train_config
+
+pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
+
+RECORD = """
+import os, torch
+from srpo_cli.algorithms.srpo import SRPO
+from srpo_cli.recipes.train import Run
+from srpo_cli.runtime.distributed import Ranks
+
+seen = {"noise": [], "prompts": [], "sigma": [], "loss": [], "gradient": [], "mean_gradient": []}
+
+def roll_out(run, original=Run._roll_out):
+    rollout = original(run)
+    seen["noise"].append(rollout.eps.clone())
+    seen["prompts"].append(list(rollout.prompts))
+    return rollout
+
+def backward(algorithm, rollout, injections, *rest, original=SRPO.backward, **options):
+    metrics = original(algorithm, rollout, injections, *rest, **options)
+    seen["sigma"].append(injections[0].sigma)
+    seen["loss"].append(metrics["loss"])
+    return metrics
+
+def average_gradients(ranks, parameters, loss, original=Ranks.average_gradients):
+    seen["gradient"].append(parameters[0].grad.clone())
+    mean = original(ranks, parameters, loss)
+    seen["mean_gradient"].append(parameters[0].grad.clone())
+    return mean
+
+def loop(run, *rest, original=Run.loop):
+    original(run, *rest)
+    seen["weights"] = [parameter.detach() for parameter in run.parameters]
+    torch.save(seen, os.environ["SEEN"])
+
+Run._roll_out, SRPO.backward, Ranks.average_gradients, Run.loop = roll_out, backward, average_gradients, loop
+"""
+
+NO_PICTURE_FOR_RANK_1 = """
+import os
+from srpo_cli.errors import UsageError
+from srpo_cli.recipes.train import Run
+
+def roll_out(run, original=Run._roll_out):
+    if run.step == 1 and run.ranks.rank == 1:
+        raise UsageError("cannot read the picture")
+    return original(run)
+
+Run._roll_out = roll_out
+"""
+
+NO_NUMBER = """
+from srpo_cli.recipes.train import Run
+from srpo_cli.rewards.clip import ClipReward
+
+def scores(reward, images, *texts, original=ClipReward.scores):
+    nan = float("nan") if images.requires_grad and int(__import__("os").environ["RANK"]) == 1 else 1.0
+    return tuple(nan * score for score in original(reward, images, *texts))
+
+ClipReward.scores = scores
+"""
+
+
+class Ended(NamedTuple):
+    """How a rank ended, and what it wrote and saw."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    seen: dict | None
+
+
+@pytest.fixture(scope="module")
+def start(processes, tmp_path_factory):
+    """Starts two ranks of one run; the function that comes back waits for both."""
+
+    def start_ranks(*arguments, before=RECORD):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder = tmp_path_factory.mktemp("seen")
+        ranks = []
+        for rank in range(2):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "SEEN": folder / str(rank)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in environment.items()}
+            ranks.append(processes.start(*arguments, before=before, **environment))
+
+        def wait():
+            codes = [rank.wait() for rank in ranks]
+            seen = [torch.load(folder / str(i)) if (folder / str(i)).exists() else None for i in range(2)]
+            streams = [(rank.stdout.read_text(), rank.stderr.read_text()) for rank in ranks]
+            return [Ended(code, *texts, saw) for code, texts, saw in zip(codes, streams, seen, strict=True)]
+
+        return ranks, wait
+
+    return start_ranks
+
+
+class Pair(NamedTuple):
+    """A run of two ranks that is over."""
+
+    folder: Path
+    ranks: list[Ended]
+
+
+@pytest.fixture(scope="module")
+def shared(start, tiny, tmp_path_factory):
+    """Two steps of two ranks, whose rollouts share their noise."""
+    folder = tmp_path_factory.mktemp("shared") / "run"
+    return Pair(folder, start(*tiny(folder, "--set", "rollout.shared_noise=true", steps=2))[1]())
+
+
+@pytest.fixture(scope="module")
+def apart(start, tiny, tmp_path_factory):
+    """One step of two ranks, whose rollouts have noises of their own."""
+    folder = tmp_path_factory.mktemp("apart") / "run"
+    return Pair(folder, start(*tiny(folder, "--set", "rollout.shared_noise=false", steps=1))[1]())
+
+
+def test_both_ranks_hold_equal_weights_afterwards(shared):
+    assert [rank.exit_code for rank in shared.ranks] == [0, 0], shared.ranks[0].stderr + shared.ranks[1].stderr
+    zero, one = (rank.seen["weights"] for rank in shared.ranks)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(zero, one, strict=True))
+
+
+def test_gradients_and_losses_are_averaged(shared, read_metrics):
+    zero, one = (rank.seen for rank in shared.ranks)
+    for mine, theirs, mean in zip(zero["gradient"], one["gradient"], zero["mean_gradient"], strict=True):
+        assert not torch.equal(mine, theirs)
+        torch.testing.assert_close((mine + theirs) / 2, mean)
+    losses = torch.tensor([zero["loss"], one["loss"]]).mean(0).view(2, 2).mean(1)  # over ranks, then over the pairs
+    assert [record["loss"] for record in read_metrics(shared.folder)] == pytest.approx(losses.tolist(), rel=1e-5)
+
+
+def test_ranks_take_the_prompts_of_the_global_batch_in_order(shared):
+    from srpo_cli.recipes.parts import load_prompts
+
+    config = load_train_config(shared.folder / "config.yaml").config
+    prompts = load_prompts(config.prompts, "miniature", held_out=0, seed=config.train.seed).train
+    zero, one = (rank.seen["prompts"] for rank in shared.ranks)
+    in_order = [prompt for step in range(2) for prompt in (*zero[step], *one[step])]
+    assert in_order == prompts[: 2 * 2 * 2]
+
+
+def test_shared_noise_is_one_for_all_samples_of_all_ranks_and_new_in_every_step(shared):
+    zero, one = (rank.seen["noise"] for rank in shared.ranks)
+    for step in range(2):
+        noises = torch.cat([zero[step], one[step]])
+        assert torch.equal(noises, noises[:1].expand_as(noises))
+    assert not torch.equal(zero[0], zero[1])
+
+
+def test_noise_that_is_not_shared_differs_between_ranks_and_samples(apart):
+    noises = torch.cat([rank.seen["noise"][0] for rank in apart.ranks])
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == 4
+
+
+def test_every_other_draw_differs_between_ranks(shared):
+    zero, one = (rank.seen["sigma"] for rank in shared.ranks)
+    assert not any(torch.equal(mine, theirs) for mine, theirs in zip(zero, one, strict=True))
+
+
+def test_one_rank_writes_and_talks(shared, read_metrics):
+    zero, one = shared.ranks
+    assert (one.stdout, one.stderr) == ("", "")
+    assert "step 2/2" in zero.stderr and "2 steps in" in zero.stdout
+    assert [record["step"] for record in read_metrics(shared.folder)] == [1, 2]
+    assert json.loads((shared.folder / "environment.json").read_text())["processes"] == 2
+
+
+def test_the_ledger_counts_all_ranks(shared):
+    ledger = json.loads((shared.folder / "summary.json").read_text())["ledger"]
+    assert (ledger["rollouts"], ledger["forwards"], ledger["updates"]) == (8, 8 * 3, 4)
+    assert (ledger["gradient_passes"], ledger["reward_calls"]) == (8 * 4, 8 * 2 + 8 * 4)
+
+
+def test_two_ranks_go_on_as_if_never_stopped(start, tiny, shared, tmp_path, assert_same):
+    folder = tmp_path / "run"
+    assert [rank.exit_code for rank in start(*tiny(folder, steps=1))[1]()] == [0, 0]
+    assert [rank.exit_code for rank in start("train", "--resume", folder, "--steps", 2)[1]()] == [0, 0]
+    assert_same(folder, shared.folder, step=2)
+
+
+def test_one_process_does_not_go_on_with_the_run_of_two(shared, srpo):
+    outcome = srpo("train", "--resume", shared.folder, "--steps", "4")
+    assert outcome.exit_code == 2
+    assert "was begun with 2 process(es), here are 1" in outcome.stderr
+
+
+def test_a_signal_to_any_rank_stops_all_at_the_same_step(start, tiny, tmp_path):
+    folder = tmp_path / "run"
+    (_, one), wait = start(*tiny(folder, steps=50))
+    end = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    one.send(signal.SIGTERM)
+    zero, one = wait()
+    assert (zero.exit_code, one.exit_code) == (143, 143)
+    assert len(zero.seen["noise"]) == len(one.seen["noise"]) < 50
+    step = len(zero.seen["noise"])
+    assert zero.stderr.splitlines()[-1].startswith(f"stopped by SIGTERM after step {step}; go on with: srpo train")
+    assert (folder / f"checkpoints/step-{step:06d}").is_dir()
+    assert one.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --preset nope", "Unknown preset 'nope'"),
+        ("train --preset realism --model miniature --set prompts.source=/nowhere", "cannot read prompts"),
+    ],
+)
+def test_a_mistake_of_all_is_told_once(start, tmp_path, arguments, message):
+    zero, one = start(*arguments.split(), "--output", tmp_path / "run")[1]()
+    assert (zero.exit_code, one.exit_code) == (2, 2)
+    assert message in zero.stderr.splitlines()[-1]
+    assert one.stderr == ""
+
+
+def test_a_folder_that_is_taken_is_told_once(start, tiny, shared):
+    zero, one = start(*tiny(shared.folder))[1]()
+    assert (zero.exit_code, one.exit_code) == (2, 2)
+    assert "holds another run" in zero.stderr.splitlines()[-1]
+    assert one.stderr == ""
+
+
+def test_a_mistake_of_one_rank_is_told_by_it_and_the_others_save(start, tiny, tmp_path):
+    zero, one = start(*tiny(tmp_path / "run", "--set", "checkpoint.every=0"), before=NO_PICTURE_FOR_RANK_1)[1]()
+    assert (zero.exit_code, one.exit_code) == (1, 2)
+    assert one.stderr.splitlines() == ["error: cannot read the picture"]
+    assert zero.stderr.splitlines()[-1] == "error: another process of this run has ended; what it said is above"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all(start, tiny, tmp_path):
+    zero, one = start(*tiny(tmp_path / "run"), before=NO_NUMBER)[1]()
+    assert (zero.exit_code, one.exit_code) == (1, 1)
+    assert "loss nan with gradient norm nan at step 1" in zero.stderr.splitlines()[-1]
+    assert one.stderr == ""
+
+
+def test_a_cluster_that_sets_half_of_torchruns_environment_is_told_so(tiny, tmp_path, srpo, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = srpo(*tiny(tmp_path / "run"))
+    assert outcome.exit_code == 2
+    assert "WORLD_SIZE is 2 and RANK is not set" in outcome.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_does_the_same(shared, tiny, tmp_path, assert_same):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "srpo_cli", *tiny(tmp_path / "run", steps=2)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("2 steps in") == 1
+    assert process.stderr.count("run: ") == 1
+    assert_same(tmp_path / "run", shared.folder, step=2)
