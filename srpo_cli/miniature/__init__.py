@@ -1,4 +1,4 @@
-"""The built-in model set: a rendered world, a FLUX-layout pipeline trained on it, a biased reward and an honest oracle."""
+"""The built-in model set: a rendered world, a FLUX-layout pipeline trained on it, a biased reward, an honest oracle."""
 
 from pathlib import Path
 

@@ -35,6 +35,7 @@ SUMMARY_KEYS = (
 )
 """Rows of the table and keys of ``summary.json``; the oracle's are there on the miniature only."""
 
+_MINIATURE_BATCH = 32
 _WINDOW = 64  # rollout pictures behind the live photo distance
 
 
@@ -69,9 +70,11 @@ class Evaluator:
         self._reference: Reference | None = None
         self._window: list[list[float]] = []
 
-    def run(self, batch_size: int = 32) -> Evaluation:
+    def run(self) -> Evaluation:
         """Draw one picture for each prompt and measure all of them."""
         config, sampling = self.config, self.config.sampling
+        # The miniature's pictures are small; of any other model's no more fit in memory than a rollout has.
+        batch_size = _MINIATURE_BATCH if self.oracle else config.train.batch_size
         noises = [generator(NOISE_SEED, "evaluation", i) for i in range(len(self.prompts))]
         pictures = draw_pictures(
             self.parts.model,
