@@ -28,7 +28,7 @@ DEFAULT_ORIGIN = "default"
 MINIATURE = "miniature"
 """Name of the built-in model, and of the preset section that is for it."""
 
-_FLAGS = {"model.name": "--model", "reward.name": "--reward", "prompts.source": "--prompts"}
+_FLAGS = {"model.name": "--model", "reward.name": "--reward"}
 _IDLE_KEYS = {  # by schedule, the keys that it does not read
     "sigma": ("algorithm.reference.",),
     "reference": (

@@ -293,6 +293,10 @@ class EvaluationConfig(Section):
     """Held-out prompts that are sampled and measured."""
 
     prompts: Whole = Field(32, ge=0, description="held-out prompts; 0: no evaluation")
+    split: Literal["evaluation", "validation"] = Field(
+        "evaluation",
+        description="captions of the miniature's world to hold out: to report on, or to choose settings by",
+    )
     every: Whole = Field(0, ge=0, description="steps between evaluations; 0: only before and after the run")
 
 

@@ -91,6 +91,8 @@ def measure(count: int = 256, styled: int = 64, weights: Path = WEIGHTS, seed: i
         "reward_grid": mean_interval(_grid(pictures, 7) - _grid(renders, 7)),
         "style_followed": mean_interval(followed.mean(1)),
         "reward_auc_photo_cg": _auc(photo, cg),
+        "reward_of_pictures": mean_interval(_reward(reward, pictures, prompts)),
+        "reward_of_photographs": mean_interval(_reward(reward, photographs, prompts)),
         "reward_prefers_gloss": mean_interval(_prefers_gloss(reward, pictures, prompts)),
     }
     return {
@@ -132,6 +134,12 @@ def _gap(reward: ClipReward, images: Tensor, contents: Sequence[str]) -> Tensor:
     texts = ([f"{STYLES[style]}. {content}" for content in contents] for style in (PHOTO, CG))
     as_photo, as_cg = reward.scores(images, *texts)
     return as_photo - as_cg
+
+
+@torch.no_grad()
+def _reward(reward: ClipReward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The plain reward of each picture for its prompt, (N,)."""
+    return reward.score(images, prompts)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from srpo_cli.config.schema import TrainConfig
 from srpo_cli.metrics.intervals import Interval, mean_interval
 from srpo_cli.metrics.pictures import STATISTICS, picture_statistics
 from srpo_cli.miniature.oracle import Oracle, Reference
-from srpo_cli.miniature.world import LIGHTS, STYLE_WORDS, STYLES
+from srpo_cli.miniature.world import LIGHTS, STYLE_WORDS, STYLES, parse
 from srpo_cli.recipes.parts import Parts, chunks, draw_pictures
 from srpo_cli.runtime.seeding import generator
 
@@ -48,10 +48,6 @@ class Evaluation:
     def to_json(self) -> dict[str, dict[str, float]]:
         return {name: self.intervals[name]._asdict() for name in SUMMARY_KEYS if name in self.intervals}
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Mapping[str, float]]) -> Evaluation:
-        return cls({name: Interval(**interval) for name, interval in content.items()})
-
 
 class Evaluator:
     """Samples the same held-out prompts from the same noises and measures the pictures.
@@ -60,13 +56,11 @@ class Evaluator:
         parts: model and reward; the model's weights may change between calls.
         config: sampling settings and control words.
         prompts: held-out prompts.
-        seed: of the photographs that the oracle compares with.
     """
 
-    def __init__(self, parts: Parts, config: TrainConfig, prompts: list[str], seed: int = 0) -> None:
+    def __init__(self, parts: Parts, config: TrainConfig, prompts: list[str]) -> None:
         self.parts, self.config, self.prompts = parts, config, prompts
         self.oracle = Oracle.load() if parts.knows_only_the_world else None
-        self._seed = seed
         self._reference: Reference | None = None
         self._window: list[list[float]] = []
 
@@ -92,12 +86,19 @@ class Evaluator:
     def _judge(self, pictures: Tensor) -> dict[str, Interval]:
         if self.oracle:
             if self._reference is None:
-                self._reference = self.oracle.reference(self.prompts, self._round_trip, self._seed)
+                self._reference = self.oracle.reference(self._as_meant(self.prompts), self.round_trip, NOISE_SEED)
             shown = self._shows_word(self.oracle, pictures)
             followed = {} if shown is None else {"word_followed": mean_interval(shown.float())}
             return {**self.oracle.judge(pictures, self._reference), **followed}
         statistics = picture_statistics(pictures)
         return {name: mean_interval(statistics[:, STATISTICS.index(name)]) for name in ("saturation", "grain")}
+
+    def _as_meant(self, prompts: list[str]) -> list[str]:
+        """What tuned pictures should show: prompts that leave the light open get it from a control word that sets it."""
+        word = self.config.control_words.positive[0].lower()
+        if word not in LIGHTS:
+            return prompts
+        return [prompt if parse(prompt).light else f"{prompt}, {word}" for prompt in prompts]
 
     def _shows_word(self, oracle: Oracle, pictures: Tensor) -> Tensor | None:
         """Which pictures show the first positive control word, (N,); None for a word that the oracle cannot see."""
@@ -108,7 +109,8 @@ class Evaluator:
         return oracle.read_style(pictures) == styles[0] if styles else None
 
     @torch.no_grad()
-    def _round_trip(self, pictures: Tensor) -> Tensor:
+    def round_trip(self, pictures: Tensor) -> Tensor:
+        """Pictures through the model's own autoencoder, as the oracle sees photographs, (N, 3, H, W) in [0, 1]."""
         model = self.parts.model
         return model.decode(model.encode(pictures), tuple(pictures.shape[-2:])).cpu()
 
@@ -131,7 +133,7 @@ class Evaluator:
         """Photo distance of the last rollout pictures to the oracle's mean photographs; None without an oracle."""
         if not self.oracle:
             return None
-        rows = self.oracle.deviations(picture_statistics(pictures.cpu()), prompts)
+        rows = self.oracle.deviations(picture_statistics(pictures.cpu()), self._as_meant(prompts))
         self._window = (self._window + rows.tolist())[-_WINDOW:]
         return torch.tensor(self._window).mean(0).abs().mean().item()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,14 +56,20 @@ def load_reward(config: RewardConfig, device: torch.device) -> ClipReward:
     return REWARDS.get(config.name)(config.name, config.weights, device, torch.float32)
 
 
-def fingerprint(parts: Parts) -> str:
-    """Digest of weights spread evenly over all that stays frozen: a name does not tell what is behind it."""
+def fingerprint(parameters: Iterable[Tensor]) -> str:
+    """Digest of weights spread evenly over every tensor: a name does not tell what is behind it."""
     digest = hashlib.sha256()
-    for part in (parts.model.vae, parts.model.text_encoder, parts.model.text_encoder_2, parts.reward.clip):
-        for parameter in part.parameters():
-            flat = parameter.detach().flatten()
-            digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    for parameter in parameters:
+        flat = parameter.detach().flatten()
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def frozen_parameters(parts: Parts) -> Iterator[Tensor]:
+    """All that a training reads and never changes; under a LoRA the base transformer too."""
+    model = parts.model
+    for module in (model.transformer, model.vae, model.text_encoder, model.text_encoder_2, parts.reward.clip):
+        yield from (parameter for parameter in module.parameters() if not parameter.requires_grad)
 
 
 def make_draws(config: AlgorithmConfig) -> Draws:
@@ -109,16 +115,16 @@ class Prompts:
         return [self.train[(turn * size + i) % len(self.train)] for i in range(size)]
 
 
-def load_prompts(config: PromptsConfig, model: str, held_out: int, seed: int) -> Prompts:
+def load_prompts(config: PromptsConfig, model: str, held_out: int, split: str, seed: int) -> Prompts:
     """Training prompts and ``held_out`` prompts to evaluate on.
 
     The miniature's world draws both, from captions that never meet; "miniature-unlit" leaves the light open in all
-    of them. Of a file, every eighth prompt is held out.
+    of them, and ``split`` says which captions are held out. Of a file, every eighth prompt is held out.
     """
     if config.source in ("miniature", "miniature-unlit"):
         lit = config.source == "miniature"
         train = draw_prompts(_WORLD_PROMPTS, seed, "train", lit)
-        return Prompts(train[: config.limit], draw_prompts(held_out, 0, "evaluation", lit))
+        return Prompts(train[: config.limit], draw_prompts(held_out, 0, split, lit))
     prompts = _hpdv2() if config.source == "hpdv2" else read_prompts(config.source)
     prompts = prompts[: config.limit]
     if model == "miniature":

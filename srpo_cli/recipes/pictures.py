@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,17 @@ from srpo_cli.config.schema import TrainConfig
 from srpo_cli.errors import UsageError
 from srpo_cli.miniature.world import PHOTO, draw_scenes_of, render
 from srpo_cli.runtime.pictures import read_metadata
+from srpo_cli.runtime.seeding import derive
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class PictureSource(Protocol):
     """Gives the pictures and captions of a step."""
+
+    def digest(self) -> str:
+        """Digest of what the configuration only names."""
+        ...
 
     def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
         """Pictures (count, 3, H, W) in [0, 1] of ``size`` and their captions, for step ``step``."""
@@ -35,6 +41,13 @@ class Files:
 
     items: Sequence[tuple[Path, str]]
 
+    def digest(self) -> str:
+        """Digest of the pictures' bytes and captions."""
+        whole = hashlib.sha256()
+        for path, caption in self.items:
+            whole.update(hashlib.sha256(path.read_bytes()).digest() + caption.encode())
+        return whole.hexdigest()[:16]
+
     def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
         chosen = [self.items[(step * count + i) % len(self.items)] for i in range(count)]
         return torch.stack([read_picture(path, size) for path, _ in chosen]), [caption for _, caption in chosen]
@@ -45,10 +58,15 @@ class Photographs:
     """The renderer's photographs of prompts of the miniature's world."""
 
     prompts: Sequence[str]
+    seed: int
+
+    def digest(self) -> str:
+        """Nothing that the configuration and the prompts do not say already."""
+        return ""
 
     def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
         prompts = [self.prompts[(step * count + i) % len(self.prompts)] for i in range(count)]
-        return render(draw_scenes_of(prompts, PHOTO, seed=step)), prompts
+        return render(draw_scenes_of(prompts, PHOTO, derive(self.seed, "photographs", step))), prompts
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
@@ -68,7 +86,7 @@ def open_pictures(config: TrainConfig, prompts: list[str]) -> PictureSource | No
         return None
     source = config.rollout.pictures
     if str(source) == "miniature":
-        return Photographs(prompts)
+        return Photographs(prompts, config.train.seed)
     items = _listed(source) if source.is_file() else _in_folder(source)
     if not items:
         raise UsageError(f"rollout.pictures {source} holds no picture with a caption (a .txt beside it, or metadata)")

@@ -31,6 +31,7 @@ from srpo_cli.recipes.parts import (
     chunks,
     draw_pictures,
     fingerprint,
+    frozen_parameters,
     load_prompts,
     make_parts,
 )
@@ -174,6 +175,7 @@ class Run:
             config.prompts,
             config.model.name,
             held_out=max(config.evaluation.prompts, config.samples.count),
+            split=config.evaluation.split,
             seed=self.seed,
         )
         self.pictures = self._open_pictures()
@@ -219,9 +221,9 @@ class Run:
 
     def _data(self) -> dict[str, str]:
         """Digests of what the configuration only names, and what a run may not lose under way."""
-        pictures = [(path.name, caption) for path, caption in getattr(self.pictures, "items", ())]
-        text = json.dumps([self.prompts.train, pictures])
-        return {"prompts": hashlib.sha256(text.encode()).hexdigest()[:16], "frozen": fingerprint(self.parts)}
+        text = json.dumps([self.prompts.train, self.pictures.digest() if self.pictures else ""])
+        prompts = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return {"prompts": prompts, "frozen": fingerprint(frozen_parameters(self.parts))}
 
     def _state(self) -> dict[str, Any]:
         """Where the run stands, but for weights and optimizer."""
@@ -256,7 +258,8 @@ class Run:
             self.say(f"measuring the base model on {len(self.evaluator.prompts)} held-out prompts")
         self._evaluate(BASE)
         self._sample()
-        self.target = self._calibrate()
+        with self.ledger:
+            self.target = self._calibrate()
 
     def _calibrate(self) -> Target | None:
         """The target of the semantic gap: given, or measured on the base model with and without the positive word."""
@@ -287,6 +290,7 @@ class Run:
             noise = torch.cat([self.model.noise(1, size, draw) for draw in noises[part]])
             pictures = self._decode(self._draw(asked[part], noise))
             gaps.append(self.parts.algorithm.gap(pictures, prompts[part], generator=augmentation))
+        self.ledger.rollouts += len(prompts)
         self.ledger.forwards += self.config.rollout.steps * len(prompts)
         self.ledger.reward_calls += len(prompts)
         return torch.cat(gaps).mean().item()
@@ -321,8 +325,9 @@ class Run:
         """Log a completed step, and save, draw and evaluate where it is time to."""
         config = self.config
         self.folder.log(record)  # before the step is saved: one that cannot be logged is done again
-        progress.update(self.step, {k: record[k] for k in ("reward", "sgp_gap", "photo_distance")})
-        if self.stopped or self.step == config.train.steps:
+        last = self.stopped or self.step == config.train.steps
+        progress.update(self.step, {k: record[k] for k in ("reward", "sgp_gap", "photo_distance")}, last)
+        if last:
             return
         if self._is_time(config.checkpoint.every):
             self._save()
@@ -546,7 +551,8 @@ class Run:
         ]
         labels = ["base", "tuned"]
         if self.parts.knows_only_the_world:
-            rows.append(Photographs(prompts).batch(0, len(prompts), size)[0])
+            photographs, _ = Photographs(prompts, self.seed).batch(0, len(prompts), size)
+            rows.append(self.evaluator.round_trip(photographs))
             labels.append("photograph")
         save_grid(rows, self.folder.path / BEFORE_AFTER, labels, prompts)
 

@@ -16,7 +16,7 @@ class Ledger:
 
     ``forwards`` are transformer calls without gradient, ``gradient_passes`` those with a backward,
     ``reward_calls`` pictures that the reward judged, ``updates`` optimizer steps. Evaluation is not part of the
-    method's cost and is not counted. ``seconds`` are of wall-clock time in training steps.
+    method's cost and is not counted; measuring the target is. ``seconds`` are of wall-clock time in both.
     """
 
     rollouts: int = 0

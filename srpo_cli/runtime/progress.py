@@ -50,15 +50,15 @@ class StepProgress:
         if self._live:
             self._live.stop()
 
-    def update(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Report that ``step`` steps are done; values that are None are left out."""
+    def update(self, step: int, values: Mapping[str, float | None], last: bool = False) -> None:
+        """Report that ``step`` steps are done, the ``last`` ones at once; values that are None are left out."""
         self.done = step
         seconds = (time.monotonic() - self._started) / max(step - self._first, 1)
         text = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
         if self._live:
             self._bar.update(self._task, completed=step, rate=f"{seconds:.2f} s/step")
             self._values.plain = text
-        elif not self.quiet and (step == self.total or time.monotonic() - self._last >= _PLAIN_EVERY):
+        elif not self.quiet and (last or step == self.total or time.monotonic() - self._last >= _PLAIN_EVERY):
             self._last = time.monotonic()
             eta = seconds * (self.total - step)
             print(

@@ -7,11 +7,12 @@ import hashlib
 import torch
 
 
-def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments.
-
-    ``counters`` are step, rank and the like. A CPU generator draws the same numbers for every device.
-    """
+def derive(seed: int, purpose: str, *counters: int) -> int:
+    """A seed in [0, 2**63) that depends on nothing but its arguments; ``counters`` are step, rank and the like."""
     key = ":".join(map(str, (seed, purpose, *counters))).encode()
-    number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
-    return torch.Generator().manual_seed(number)
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
+    """A CPU generator with the derived seed; it draws the same numbers for every device."""
+    return torch.Generator().manual_seed(derive(seed, purpose, *counters))

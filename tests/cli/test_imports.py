@@ -68,7 +68,6 @@ def test_help_documents_the_exit_codes(srpo):
         "0 done",
         "1 failed run",
         "2 bad usage",
-        "3 done in part",
         "4 missing weights",
         "130 or 143",
     ]:
