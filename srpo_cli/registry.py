@@ -19,12 +19,13 @@ class Registry:
     """Lazy ``name -> "module:attribute"`` table of one kind of part.
 
     A key may be a shell pattern ("clip:*", "*/*"): it stands for a family of names and is tried after the
-    exact names, in the order given.
+    exact names, in the order given. ``families`` says what a user may write for a pattern.
     """
 
-    def __init__(self, kind: str, targets: dict[str, str]) -> None:
+    def __init__(self, kind: str, targets: dict[str, str], families: dict[str, str] | None = None) -> None:
         self.kind = kind
         self._targets = targets
+        self._families = families or {}
 
     def find(self, name: str) -> str:
         """The target of ``name`` without importing it; ``UsageError`` with a suggestion if unknown."""
@@ -33,7 +34,7 @@ class Registry:
         for pattern, target in self._targets.items():
             if fnmatchcase(name, pattern):
                 return target
-        raise UsageError.unknown(self.kind, name, self._targets)
+        raise UsageError.unknown(self.kind, name, [self._families.get(key, key) for key in self._targets])
 
     def get(self, name: str) -> Any:
         """Import and return what ``name`` stands for."""
@@ -46,8 +47,9 @@ MODELS = Registry(
     {
         "flux.1-dev": "srpo_cli.models.flux:load_flux",
         "miniature": "srpo_cli.models.flux:load_flux",
-        "*/*": "srpo_cli.models.flux:load_flux",  # a folder, or a repository on the Hugging Face Hub
+        "*/*": "srpo_cli.models.flux:load_flux",
     },
+    families={"*/*": "a folder, or OWNER/NAME of the Hugging Face Hub"},
 )
 
 REWARDS = Registry(
@@ -57,6 +59,7 @@ REWARDS = Registry(
         "miniature": "srpo_cli.rewards.miniature:load_miniature",
         "clip:*": "srpo_cli.rewards.clip:load_open_clip",
     },
+    families={"clip:*": "clip:ARCHITECTURE"},
 )
 
 ALGORITHMS = Registry("algorithm", {"srpo": "srpo_cli.algorithms.srpo:SRPO"})

@@ -1,15 +1,28 @@
 """The wheel is complete and small, and works where the repository is not."""
 
+import ast
+import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 LARGEST_WEIGHTS = 16_000_000
+PROMPT = "a red sphere on grass"
+TINY = [
+    "train.batch_size=1",
+    "rollout.steps=2",
+    "sampling.steps=2",
+    "samples.count=1",
+    "evaluation.prompts=4",
+]
 
 pytestmark = pytest.mark.slow
 
@@ -25,10 +38,26 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel, and nothing else, into an empty folder."""
-    folder = tmp_path_factory.mktemp("installed")
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel)
+    """A fresh environment with the wheel in it, which finds the wheel's dependencies where this environment has them.
+
+    Its path to them comes after its own packages, and a ``.pth`` file there, such as an editable install of this
+    repository leaves, is not followed.
+    """
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in dependencies))
     return folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> dict[str, object]:
+    """Options of a process that runs outside the repository and inherits nothing from this environment."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {"cwd": tmp_path, "env": {**inherited, "NO_COLOR": "1"}}
 
 
 def run(*command: object, **options: object) -> str:
@@ -36,6 +65,10 @@ def run(*command: object, **options: object) -> str:
     process = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
+
+
+def normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def test_the_wheel_holds_presets_weights_and_licence(wheel):
@@ -50,13 +83,49 @@ def test_the_wheel_holds_presets_weights_and_licence(wheel):
     assert not any(name.startswith("tests/") for name in sizes)
 
 
-def test_the_installed_package_works_away_from_the_repository(installed, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
+def test_everything_that_is_imported_is_declared(wheel):
+    imported: set[str] = set()
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        requirements = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
+        for name in archive.namelist():
+            for node in ast.walk(ast.parse(archive.read(name))) if name.endswith(".py") else ():
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    imported.add(node.module.partition(".")[0])
+    declared = {
+        normalised(re.match(r"[\w.-]+", requirement)[0])
+        for requirement in requirements
+        if "extra ==" not in requirement
+    }
+    distributions = packages_distributions()
+    foreign = imported - sys.stdlib_module_names - {"srpo_cli"}
+    assert {"torch", "yaml", "PIL", "open_clip"} <= foreign
+    for module in sorted(foreign):
+        assert not declared.isdisjoint(map(normalised, distributions[module])), f"{module} is of no declared dependency"
 
-    def python(*arguments: str) -> str:
-        return run(sys.executable, *arguments, cwd=tmp_path, env=environment)
 
-    assert Path(python("-c", "import srpo_cli; print(srpo_cli.__file__)").strip()).is_relative_to(installed)
-    assert "realism" in python("-m", "srpo_cli", "presets", "list")
-    assert "presets" in python("-m", "srpo_cli", "--help")
-    python("-m", "srpo_cli", "presets", "validate", "realism", "lighting", "style")
+def test_what_runs_is_the_wheel(installed, elsewhere):
+    show = "import srpo_cli, sys; print(srpo_cli.__file__, *sys.path, sep='\\n')"
+    file, *path = map(Path, run(installed / "bin" / "python", "-c", show, **elsewhere).splitlines())
+    assert file.is_relative_to(installed)
+    assert REPOSITORY not in path
+
+
+def test_the_installed_command_works_away_from_the_repository(installed, elsewhere):
+    srpo = installed / "bin" / "srpo"
+    assert "presets" in run(srpo, "--help", **elsewhere)
+    assert "realism" in run(srpo, "presets", "list", **elsewhere)
+    run(srpo, "presets", "validate", "realism", "lighting", "style", **elsewhere)
+    (row,) = run(srpo, "sample", "--model", "miniature", PROMPT, **elsewhere).splitlines()
+    assert (elsewhere["cwd"] / json.loads(row)["file"]).is_file()
+
+
+def test_the_installed_command_trains_away_from_the_repository(installed, elsewhere):
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    command = ["train", "--preset", "realism", "--model", "miniature", "--steps", "1", *settings, "--output", "run"]
+    run(installed / "bin" / "srpo", *command, **elsewhere)
+    folder = elsewhere["cwd"] / "run"
+    assert (folder / "summary.json").is_file()
+    assert list(folder.glob("checkpoints/step-000001/transformer/*.safetensors"))

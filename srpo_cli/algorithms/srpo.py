@@ -171,11 +171,11 @@ class SigmaDraws(Draws):
     def __post_init__(self) -> None:
         low, high = self.window
         if not 0 < low < high < 1:
-            raise UsageError(f"algorithm.window {list(self.window)} must be two rising noise levels in (0, 1).")
+            raise UsageError(f"window {list(self.window)} must be two rising noise levels in (0, 1).")
         if not 0 < 2 * self.delta_sigma <= high - low:
             raise UsageError(
-                f"algorithm.delta_sigma {self.delta_sigma} must be positive and at most {(high - low) / 2:.4g}, "
-                f"half the width of algorithm.window {list(self.window)}."
+                f"delta_sigma {self.delta_sigma} must be positive and at most {(high - low) / 2:.4g}, "
+                f"half the width of the window {list(self.window)}."
             )
 
     def draw(self, batch: int, generator: torch.Generator) -> list[Injection]:

@@ -17,8 +17,7 @@ from srpo_cli.cli.train import EXAMPLES as TRAIN_EXAMPLES
 from srpo_cli.cli.train import train
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 failed run, 2 bad usage, "
-    "4 missing weights, dependency or device, 130 or 143 interrupted."
+    "Exit codes: 0 done, 1 failed run, 2 bad usage, 4 missing weights, dependency or device, 130 or 143 interrupted."
 )
 
 app = typer.Typer(

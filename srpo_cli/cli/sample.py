@@ -86,15 +86,19 @@ def sample(
     parsed_size = _parse_size(size) if size else None
     labels = _labels(compare or [])
 
-    from srpo_cli.recipes import sample as recipe
+    from srpo_cli.runtime.sources import Source, check_base
 
-    default = base or _default_model(announce=not (model or compare))
-    request = recipe.Request(wanted, seed, num_images, steps, guidance, parsed_size)
-    folder = output or Path("samples")
-    named = labels or {"": model or default}
-    sources = {label: recipe.Source.find(name, default) for label, name in named.items()}
+    if base:
+        check_base(base)
+    named = labels or {"": model or base or _default_model(announce=True)}
+    sources = {label: Source.find(name, lambda: base or _default_model()) for label, name in named.items()}
     if base and base not in {source.base for source in sources.values()}:
         raise UsageError(f"--base {base} is of no use here: {', '.join(named.values())} brings a base of its own")
+
+    from srpo_cli.recipes import sample as recipe
+
+    request = recipe.Request(wanted, seed, num_images, steps, guidance, parsed_size)
+    folder = output or Path("samples")
     rows = recipe.compare(sources, request, folder) if labels else recipe.sample(sources[""], request, folder)
     try:
         for row in rows:
@@ -105,7 +109,7 @@ def sample(
     note(f"pictures: {folder / (recipe.COMPARISON if compare else recipe.GRID)}")
 
 
-def _default_model(announce: bool) -> str:
+def _default_model(announce: bool = False) -> str:
     from srpo_cli.runtime.devices import has_accelerator
 
     if has_accelerator():

@@ -41,8 +41,8 @@ def shifted_sigmas(steps: int, shift: float, dtype: torch.dtype = torch.float32)
 def truncate_to_clock(sigma: Tensor, ticks: int = 1000) -> Tensor:
     """Round ``sigma`` down to a whole tick of a model's integer clock, as the SRPO reference code does.
 
-    The division is in float64: in float32 a few ticks (127, 251, 502 ...) would not survive a later ``*
-        ticks``.
+    The division is in float64: in float32 a few ticks (127, 251, 502 ...) would not survive a later
+    ``* ticks``.
     """
     return torch.floor(sigma * ticks).double() / ticks
 

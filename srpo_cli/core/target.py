@@ -31,7 +31,7 @@ class Target:
         if not value > base:
             raise UsageError(
                 f"target gap {value:.4f} is not above the untrained model's {base:.4f}: the reward does not see "
-                "the positive word in its pictures; choose other control words or a number for algorithm.target"
+                "the positive word in its pictures; choose other control words, or give the target gap as a number"
             )
         self.base = base
         self.value = value

@@ -94,7 +94,7 @@ class Evaluator:
         return {name: mean_interval(statistics[:, STATISTICS.index(name)]) for name in ("saturation", "grain")}
 
     def _as_meant(self, prompts: list[str]) -> list[str]:
-        """What tuned pictures should show: prompts that leave the light open get it from a control word that sets it."""
+        """What tuned pictures should show: a control word that is a light sets it where a prompt leaves it open."""
         word = self.config.control_words.positive[0].lower()
         if word not in LIGHTS:
             return prompts

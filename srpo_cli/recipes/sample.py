@@ -15,64 +15,21 @@ import torch
 from torch import Tensor
 
 from srpo_cli import __version__
-from srpo_cli.config.load import load_train_config
-from srpo_cli.errors import MissingError, UsageError
+from srpo_cli.errors import UsageError
 from srpo_cli.miniature.world import SIZE
 from srpo_cli.models.flux import Flux, load_flux
-from srpo_cli.recipes.parts import check_miniature_prompts, chunks, draw_pictures
+from srpo_cli.recipes.parts import check_miniature_prompts, chunks, draw_pictures, fingerprint
 from srpo_cli.recipes.pictures import read_picture
-from srpo_cli.registry import MODELS
-from srpo_cli.runtime.checkpoints import find_checkpoint
 from srpo_cli.runtime.devices import best_device
-from srpo_cli.runtime.folder import CONFIG, disk_errors, write_atomically
+from srpo_cli.runtime.folder import disk_errors, write_atomically
 from srpo_cli.runtime.pictures import read_metadata, save_grid, save_png, thumbnail_size
 from srpo_cli.runtime.quiet import quiet_libraries
+from srpo_cli.runtime.sources import Source
 
 SAMPLES, GRID, COMPARISON = "samples.jsonl", "grid.png", "compare.png"
 _GRID_LIMIT = 64  # pictures in a grid
 _MINIATURE_STEPS, _STEPS = 12, 50
 _LARGEST_BATCH, _BATCH_PIXELS = 8, 2 * 1024**2
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to sample from: its base and what is loaded in place of, or on top of, the base's transformer."""
-
-    base: str
-    weights: Path | None = None
-
-    @classmethod
-    def find(cls, name: str, base: str) -> Source:
-        """Read a name as a run folder, one of its checkpoints, tuned weights or a LoRA on ``base``, or a base model."""
-        path = Path(name)
-        if _is_checkpoint(path.resolve().parent) and path.resolve().name == "transformer":
-            path = path.resolve().parent
-        if (path / CONFIG).is_file():
-            return cls(_base_of(path), find_checkpoint(path).transformer)
-        if _is_checkpoint(path):
-            return cls(_base_of(path.resolve().parent.parent), path / "transformer")
-        if (path / "model_index.json").is_file():
-            return cls(name)
-        if path.is_file() or (path.is_dir() and any(path.glob("*.safetensors"))):
-            return cls(base, path)
-        if path.is_dir():
-            raise UsageError(
-                f"{name} is no run, checkpoint, pipeline, transformer or LoRA: name one of these, or a model"
-            )
-        if path.suffix == ".safetensors" or (len(path.parts) > 1 and path.parent.is_dir()):
-            raise UsageError(f"{name} does not exist: name a run, checkpoint, weights or LoRA that does, or a model")
-        MODELS.find(name)  # refuses an unknown name with the nearest known one
-        return cls(name)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return (path / "transformer").is_dir() and (path / "state.json").is_file()
-
-
-def _base_of(run: Path) -> str:
-    if not (run / CONFIG).is_file():
-        raise MissingError(f"{run} has no {CONFIG}, so the base of its checkpoint is unknown: name the run folder")
-    return load_train_config(run / CONFIG).config.model.name
 
 
 @dataclass(frozen=True)
@@ -150,16 +107,9 @@ def _batch_size(size: tuple[int, int]) -> int:
 
 
 def _fingerprint(model: Flux) -> str:
-    """Digest of weights spread evenly over every tensor of the model, a LoRA's included.
-
-    A path does not tell what is in it: a run may have been trained again, the miniature rebuilt.
-    """
-    digest = hashlib.sha256()
-    for part in (model.transformer, model.vae, model.text_encoder, model.text_encoder_2):
-        for name, parameter in part.named_parameters():
-            flat = parameter.detach().flatten()
-            digest.update(name.encode() + flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Digest of the whole model, a LoRA included: a run may have been trained again, the miniature rebuilt."""
+    parts = (model.transformer, model.vae, model.text_encoder, model.text_encoder_2)
+    return fingerprint(parameter for part in parts for parameter in part.parameters())
 
 
 def _rows(

@@ -1,5 +1,4 @@
-"""Random changes to a picture before a reward sees it, so that a reward's pixel grid cannot be written into
-it.
+"""Random changes to a picture before a reward sees it, so that a reward's pixel grid cannot be written into it.
 
 Without them SRPO draws the patch grid of the reward's vision tower into the pictures: invisible to the
 reward, visible to people.
@@ -16,8 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augment:
-    """Random translation, then pixel noise; differentiable, and random only through the generator it is
-    given.
+    """Random translation, then pixel noise; differentiable, and random only through the generator it is given.
 
     Attributes:
         shift: largest translation in px, each sample and axis on its own; borders are filled by reflection.

@@ -138,12 +138,20 @@ def load_open_clip(
         weights: an open_clip checkpoint (.safetensors, .pt or .bin) of that architecture.
         device, dtype: where and in what it runs; the CPU always computes in float32.
 
-    Raises UsageError for an unknown architecture, MissingError without weights, SrpoError if they do not fit.
+    Raises UsageError for an architecture that is unknown or has parts of other libraries, which would be downloaded;
+    MissingError without weights, SrpoError if they do not fit.
     """
     architecture = name.removeprefix("clip:")
     config = open_clip.get_model_config(architecture) if architecture in open_clip.list_models() else None
     if config is None or not config.keys() <= {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}:
         raise UsageError(f"{name}: {architecture!r} is not a plain CLIP architecture of open_clip, like ViT-B-32.")
+    foreign = [f"text_cfg.{key}" for key in config["text_cfg"] if key.startswith("hf_")]
+    foreign += [f"vision_cfg.{key}" for key in config["vision_cfg"] if key.startswith("timm_")]
+    if foreign:
+        raise UsageError(
+            f"{name}: {architecture!r} takes a part from another library ({foreign[0]}), which would be downloaded; "
+            "only architectures whose vision tower, text tower and tokenizer are open_clip's own work, like ViT-B-32."
+        )
     if weights is None:
         raise MissingError(f"{name} has no weights; set reward.weights to an open_clip checkpoint of {architecture}.")
     return ClipReward(
@@ -172,8 +180,7 @@ def build_clip(config: dict[str, Any], weights: Path, device: str | torch.device
 
 
 def _read_state(weights: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint; pickles are read with ``weights_only``, so that no code in them
-    runs."""
+    """The state dict of a checkpoint; pickles are read with ``weights_only``, so that no code in them runs."""
     if not weights.is_file():
         raise MissingError(f"Reward weights {weights} not found.")
     try:

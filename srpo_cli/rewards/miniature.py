@@ -1,5 +1,4 @@
-"""The miniature's own reward: a small CLIP trained on its rendered world, with the bias that HPS is known
-for."""
+"""The miniature's own reward: a small CLIP trained on its rendered world, with the bias that HPS is known for."""
 
 from __future__ import annotations
 

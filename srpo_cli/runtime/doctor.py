@@ -110,10 +110,10 @@ def check_weights(kind: str, name: str) -> Check:
     subject = f"{kind} {name}"
     if name == "miniature":
         return check_path(subject, WEIGHTS)
+    if kind == "reward" and name.startswith("clip:"):  # it has none of its own
+        return Check(subject, ok=False, found="reward.weights is not set", remedy="--set reward.weights=FILE")
     if Path(name).exists():
         return check_path(subject, Path(name))
-    if name.startswith("clip:"):
-        return Check(subject, ok=True, found="open_clip finds them when the reward is loaded")
     hub = HUB_FILES.get(name) or HubFiles(name, ("model_index.json",))
     absent = [file for file in hub.files if not _in_hub_cache(hub.repo, file)]
     if not absent:

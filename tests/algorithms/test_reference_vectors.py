@@ -79,11 +79,18 @@ class Case:
     tensors: dict[str, Tensor]
     flux: Flux
     srpo: SRPO
+    draws: ReferenceDraws
     rollout: Rollout
     injections: list[Injection]
 
     def tensor(self, branch: int, name: str) -> Tensor:
         return self.tensors[f"b{branch}.{name}"]
+
+
+def in_order(pair: list[Injection], count: int) -> list[Injection]:
+    """The recording's branches: from ``count - 1`` down to 0, odd ones denoise and even ones invert."""
+    by_branch = {injection.branch: injection for injection in pair}
+    return [by_branch["denoise" if i % 2 else "invert"] for i in reversed(range(count))]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -121,8 +128,9 @@ def case(request: pytest.FixtureRequest) -> Case:
         tensors,
         flux,
         SRPO(flux, reward, WORDS, guidance=3.5, hinge=0.7),
+        draws,
         Rollout(tensors["latent_start"], tensors["noise"], [config["caption"]], conditioning, size),
-        draws.at(config["mid_timestep"]) * (config["gradient_accumulation_steps"] // 2),
+        in_order(draws.at(config["mid_timestep"]), config["gradient_accumulation_steps"]),
     )
 
 
@@ -130,21 +138,29 @@ def test_there_are_cases() -> None:
     assert CASES
 
 
+@pytest.mark.parametrize(
+    ("count", "branches"),
+    [
+        (1, ["invert"]),
+        (2, ["denoise", "invert"]),
+        (3, ["invert", "denoise", "invert"]),
+        (4, ["denoise", "invert", "denoise", "invert"]),
+    ],
+)
+def test_branches_are_counted_down_to_an_invert(count: int, branches: list[str]) -> None:
+    assert [injection.branch for injection in in_order(ReferenceDraws().at(500), count)] == branches
+
+
 def test_noise_is_packed_as_recorded(case: Case) -> None:
     assert torch.equal(_pack(case.tensors["noise_spatial"]).double(), case.tensors["noise"])
 
 
 def test_schedules_are_bit_equal(case: Case) -> None:
-    config, tensors = case.config, case.tensors
-    draws = ReferenceDraws(
-        tuple(config["train_timestep"]),
-        discount_pos=tuple(config["discount_pos"]),
-        discount_inv=tuple(config["discount_inv"]),
-    )
+    config, tensors, draws = case.config, case.tensors, case.draws
     rollout = case.flux.sigmas(config["sampling_steps"], case.rollout.size, config["shift"])
     assert torch.equal(rollout, tensors["sigma_schedule_rollout"])
     assert torch.equal((truncate_to_clock(rollout[:-1]) * 1000).round().long(), tensors["rollout_timestep_int"])
-    assert torch.equal(shifted_sigmas(50, config["shift"]), tensors["sigma_schedule_vis"])
+    assert torch.equal(shifted_sigmas(config["vis_sampling_step"], config["shift"]), tensors["sigma_schedule_vis"])
     assert torch.equal(draws.sigmas, tensors["sigmas_train"])
     assert torch.equal(draws.discounts("denoise"), tensors["discount_pos"])
     assert torch.equal(draws.discounts("invert"), tensors["discount_inv"])
@@ -158,8 +174,9 @@ def test_injections_are_bit_equal(case: Case) -> None:
         assert injection.sigma_recover.item() == recorded["sigma_recover"]
         assert abs(injection.delta_sigma.item()) == -recorded["dsigma"]
         assert round(injection.sigma_model.item() * 1000) == recorded["timestep_int"]
-        weights = sorted([injection.positive_weight.item(), injection.negative_weight.item()])
-        assert weights == [-1, (1 + torch.tensor(recorded["discount"])).item()]
+        weights = [injection.positive_weight.item(), injection.negative_weight.item()]
+        expected = [(1 + torch.tensor(recorded["discount"])).item(), -1]
+        assert weights == (expected if recorded["inversion"] else expected[::-1])
 
 
 def test_texts_are_those_recorded(case: Case) -> None:

@@ -92,6 +92,23 @@ def test_a_configurations_own_weights_are_looked_for(srpo, machine, tmp_path):
     assert srpo("doctor", "--preset", preset).exit_code == 0
 
 
+def test_a_plain_clip_reward_needs_a_file_of_weights(srpo, machine, tmp_path):
+    put_in_hub_cache(machine(H100), "flux.1-dev")
+    file, preset = tmp_path / "clip.safetensors", tmp_path / "mine.yaml"
+    text = preset_path("realism").read_text()
+    preset.write_text(text.replace("name: hpsv2.1", "name: clip:ViT-B-32"))
+    outcome = srpo("doctor", "--preset", preset)
+    assert outcome.exit_code == 4
+    line = "error: reward clip:ViT-B-32: reward.weights is not set. Next: --set reward.weights=FILE"
+    assert outcome.stderr.startswith(line)
+    preset.write_text(text.replace("name: hpsv2.1", f"name: clip:ViT-B-32\n  weights: {file}"))
+    outcome = srpo("doctor", "--preset", preset)
+    assert outcome.exit_code == 4
+    assert f"put the weights at {file}" in outcome.stdout
+    file.touch()
+    assert srpo("doctor", "--preset", preset).exit_code == 0
+
+
 def test_a_folder_is_a_model_and_another_repository_is_looked_up(machine, tmp_path):
     assert doctor.check_weights("model", str(tmp_path / "weights")).ok
     assert doctor.check_weights("model", "someone/model").remedy == "hf download someone/model"

@@ -288,6 +288,8 @@ def refusal(outcome, exit_code: int) -> str:
         ((RED, "--compare", "..=miniature", "--compare", "miniature"), "a label of its own"),
         ((RED, "--compare", "miniature", "--compare", "b=x", "--model", "y"), "cannot be used together"),
         ((RED, "--model", "flux.1-dv"), "Did you mean 'flux.1-dev'?"),
+        ((RED, "--base", "miniture"), "Did you mean 'miniature'?"),
+        ((RED, "--base", "runs", "--model", "empty.txt"), "--base runs is no base model"),
         ((RED, "--model", "runs/nope"), "runs/nope does not exist"),
         ((RED, "--model", "nope.safetensors"), "nope.safetensors does not exist"),
         ((RED, "--model", "runs"), "runs is no run, checkpoint, pipeline, transformer or LoRA"),

@@ -75,6 +75,11 @@ def test_the_miniature_may_also_be_named_by_set(srpo):
     [
         ("", "needs --preset NAME|FILE or --resume RUN"),
         ("--preset realism --model minature", "Unknown model 'minature'. Did you mean 'miniature'?"),
+        (
+            "--preset realism --model nope",
+            "Available: flux.1-dev, miniature, a folder, or OWNER/NAME of the Hugging Face Hub.",
+        ),
+        ("--preset realism --reward nope", "Available: hpsv2.1, miniature, clip:ARCHITECTURE."),
         ("--preset realism --reward hpsv2", "Unknown reward 'hpsv2'. Did you mean 'hpsv2.1'?"),
         ("--preset realism --set algorithm.window=[0.9,0.3]", "sigma_low < sigma_high"),
         ("--preset realism --set algorithm.window=[0,0.3]", "sigma_low < sigma_high"),

@@ -134,3 +134,10 @@ def test_a_plain_clip_needs_weights_and_a_known_architecture(tmp_path: Path) -> 
         load_open_clip("clip:ViT-B-32", tmp_path / "nowhere.pt")
     with pytest.raises(UsageError, match="'ViT-Z-1'"):
         load_open_clip("clip:ViT-Z-1")
+
+
+@pytest.mark.parametrize("architecture", ["roberta-ViT-B-32", "convnext_base", "ViT-L-14-CLIPA"])
+def test_an_architecture_with_parts_of_other_libraries_is_refused(architecture: str, clip_file: Path) -> None:
+    with pytest.raises(UsageError, match=r"\((text_cfg\.hf|vision_cfg\.timm)_\w+\).* like ViT-B-32") as failure:
+        load_open_clip(f"clip:{architecture}", clip_file)
+    assert "\n" not in str(failure.value)
