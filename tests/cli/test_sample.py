@@ -383,7 +383,13 @@ def test_a_full_disk_is_one_line_and_leaves_whole_pictures(srpo, monkeypatch, el
 def start(*arguments: str, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "srpo_cli", "sample", *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **options}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **options},
+        # A test run that a shell put into the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -400,7 +406,7 @@ def test_a_closed_pipe_ends_it_without_a_traceback(elsewhere):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_drawing_leaves_whole_pictures_and_goes_on(srpo, elsewhere, draws, number):
-    process = start(RED, "--num-images", "24", "--model", "miniature", "--steps", "12")
+    process = start(RED, "--num-images", "64", "--model", "miniature", "--steps", "12")
     assert process.stdout.readline()
     process.send_signal(number)
     _, errors = process.communicate()
@@ -409,11 +415,11 @@ def test_an_interrupted_drawing_leaves_whole_pictures_and_goes_on(srpo, elsewher
     for path in elsewhere.rglob("*.tmp"):
         path.unlink()  # a kill may come between the writing of a file and its renaming
     before = whole_pictures(elsewhere / "samples")
-    assert 8 <= len(before) < 24
+    assert 8 <= len(before) < 64
     times = [path.stat().st_mtime_ns for path in before]
     time.sleep(0.01)
-    rows = rows_of(srpo("sample", RED, "--num-images", 24, "--model", "miniature", "--steps", 12))
-    assert len(rows) == 24 and sum(draws) == 24 - len(before)
+    rows = rows_of(srpo("sample", RED, "--num-images", 64, "--model", "miniature", "--steps", 12))
+    assert len(rows) == 64 and sum(draws) == 64 - len(before)
     assert [path.stat().st_mtime_ns for path in before] == times
 
 
