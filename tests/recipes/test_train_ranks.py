@@ -152,7 +152,7 @@ def test_ranks_take_the_prompts_of_the_global_batch_in_order(shared):
     from srpo_cli.recipes.parts import load_prompts
 
     config = load_train_config(shared.folder / "config.yaml").config
-    prompts = load_prompts(config.prompts, "miniature", held_out=0, seed=config.train.seed).train
+    prompts = load_prompts(config.prompts, "miniature", held_out=0, split="evaluation", seed=config.train.seed).train
     zero, one = (rank.seen["prompts"] for rank in shared.ranks)
     in_order = [prompt for step in range(2) for prompt in (*zero[step], *one[step])]
     assert in_order == prompts[: 2 * 2 * 2]
