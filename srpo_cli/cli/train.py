@@ -149,7 +149,9 @@ def _resolve(preset: str, overrides: list[str], flags: dict[str, Any]) -> Resolv
         if plain.origins["model.name"] == "--set":
             return plain
     if all(isinstance(form, UsageError) for form in forms.values()):
-        raise plain
+        if str(plain) == str(forms[True]):
+            raise plain
+        raise UsageError(f"{plain} (On the miniature: {forms[True]})")
 
     from srpo_cli.runtime.devices import has_accelerator
 
