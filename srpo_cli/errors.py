@@ -10,6 +10,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def one_line(error: Exception) -> str:
+    """A library's message as part of one line, at most 200 characters of it."""
+    return " ".join(str(error).split())[:200]
+
+
 class SrpoError(Exception):
     """A failed run: the work started and could not be finished."""
 

@@ -93,6 +93,16 @@ class ControlWords:
         """Each prompt with ``word`` put to it."""
         return [self.template.format(word=word, prompt=prompt) for prompt in prompts]
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every word, the positive ones first."""
+        return (*self.positive, *self.negative)
+
+    def gap(self, rewards: Sequence[Tensor]) -> Tensor:
+        """Mean reward for the positive words minus that for the negative ones, (B,), from one (B,) for each of all."""
+        stacked = torch.stack(list(rewards))
+        return stacked[: len(self.positive)].mean(0) - stacked[len(self.positive) :].mean(0)
+
 
 @dataclass(frozen=True)
 class Injection:
@@ -390,9 +400,7 @@ class SRPO:
 
         Returns the mean reward for the positive texts minus that for the negative ones, (B,).
         """
-        words = self.control_words
-        scores = torch.stack(self._scores(images, prompts, (*words.positive, *words.negative), generator))
-        return scores[: len(words.positive)].mean(0) - scores[len(words.positive) :].mean(0)
+        return self.control_words.gap(self._scores(images, prompts, self.control_words.all, generator))
 
     def _scores(
         self, images: Tensor, prompts: Sequence[str], words: Sequence[str], generator: torch.Generator | None

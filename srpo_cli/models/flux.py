@@ -29,7 +29,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from srpo_cli.core.sampling import euler_sample
 from srpo_cli.core.schedule import shifted_sigmas, truncate_to_clock
-from srpo_cli.errors import MissingError, SrpoError, UsageError
+from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
 from srpo_cli.registry import HUB_FILES
 
 Size = tuple[int, int]  # height, width in px
@@ -369,7 +369,7 @@ def _load_helper(cls: Any, folder: Path) -> Any:
     try:
         return cls.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SrpoError(f"Cannot load {folder}: {_one_line(error)}") from error
+        raise SrpoError(f"Cannot load {folder}: {one_line(error)}") from error
 
 
 def _load_model(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -381,7 +381,7 @@ def _load_model(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SrpoError(f"Cannot load {folder}: {_one_line(error)}") from error
+        raise SrpoError(f"Cannot load {folder}: {one_line(error)}") from error
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise SrpoError(f"{folder} does not hold a {cls.__name__}: {len(wrong)} tensors missing or misshapen.")
@@ -413,14 +413,10 @@ def _add_lora(transformer: FluxTransformer2DModel, file: Path) -> None:
             )
         transformer.load_lora_adapter(file.parent, weight_name=file.name, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SrpoError(f"Cannot load LoRA {file}: {_one_line(error)}") from error
+        raise SrpoError(f"Cannot load LoRA {file}: {one_line(error)}") from error
 
 
 def _lora_module(name: str) -> str | None:
     """The module that a LoRA tensor belongs to, None if it is not a LoRA tensor of the transformer."""
     match = re.fullmatch(r"transformer\.(.+)\.lora_[AB]\.weight", name)
     return match[1] if match else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -121,12 +121,10 @@ class Evaluator:
         rewards, gaps = [], []
         for part in chunks(len(pictures), batch_size):
             prompts = self.prompts[part]
-            texts = [words.texts(word, prompts) for word in (*words.positive, *words.negative)]
+            texts = [words.texts(word, prompts) for word in words.all]
             plain, *terms = self.parts.reward.scores(pictures[part].to(self.parts.reward.device), prompts, *texts)
-            stacked = torch.stack(terms)
-            positive, negative = stacked[: len(words.positive)], stacked[len(words.positive) :]
             rewards.append(plain.float().cpu())
-            gaps.append((positive.mean(0) - negative.mean(0)).float().cpu())
+            gaps.append(words.gap(terms).float().cpu())
         return torch.cat(rewards), torch.cat(gaps)
 
     def live_distance(self, pictures: Tensor, prompts: list[str]) -> float | None:

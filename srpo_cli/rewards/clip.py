@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from srpo_cli.errors import MissingError, SrpoError, UsageError
+from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -173,7 +173,7 @@ def build_clip(config: dict[str, Any], weights: Path, device: str | torch.device
     try:
         clip.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise SrpoError(f"{weights} is not a checkpoint of this CLIP architecture: {_one_line(error)}") from error
+        raise SrpoError(f"{weights} is not a checkpoint of this CLIP architecture: {one_line(error)}") from error
     # The causal mask is a non-persistent buffer, so no checkpoint holds it.
     clip.attn_mask = torch.full(clip.attn_mask.shape, float("-inf")).triu_(1)
     return clip.to(device, torch.float32 if torch.device(device).type == "cpu" else dtype)
@@ -196,8 +196,4 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
         EOFError,
         AttributeError,
     ) as error:
-        raise SrpoError(f"Cannot read reward weights {weights}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise SrpoError(f"Cannot read reward weights {weights}: {one_line(error)}") from error
