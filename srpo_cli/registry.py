@@ -7,9 +7,11 @@ test.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from srpo_cli.errors import UsageError
@@ -55,7 +57,7 @@ MODELS = Registry(
 REWARDS = Registry(
     "reward",
     {
-        "hpsv2.1": "srpo_cli.rewards.hps:load_hpsv2_1",
+        "hpsv2.1": "srpo_cli.rewards.hps:load_hps",
         "miniature": "srpo_cli.rewards.miniature:load_miniature",
         "clip:*": "srpo_cli.rewards.clip:load_open_clip",
     },
@@ -76,13 +78,20 @@ def check_parts(model: str, reward: str, algorithm: str) -> None:
 class HubFiles:
     """Files on the Hugging Face Hub that a named model or reward needs before it can run.
 
-    ``exclude`` names what the repository holds beside them; ``note`` is a condition of the download.
+    ``exclude`` names what the repository holds beside them; ``note`` is a condition of the download; ``size`` is
+    that of all files together.
     """
 
     repo: str
     files: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     note: str = ""
+    size: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Where the files are, for people."""
+        return self.repo
 
     @property
     def download(self) -> str:
@@ -90,6 +99,41 @@ class HubFiles:
         if self.exclude:
             return " ".join(["hf download", self.repo, *(f"--exclude {name}" for name in self.exclude)])
         return " ".join(["hf download", self.repo, *self.files])
+
+
+@dataclass(frozen=True)
+class WebFile:
+    """One file with an address of its own; kept where ``torch.hub`` keeps such files.
+
+    ``sha256`` is that of its bytes, empty where it is not known.
+    """
+
+    url: str
+    size: str
+    sha256: str = ""
+    note: str = ""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The file's name, as a tuple of one."""
+        return (self.url.rpartition("/")[2],)
+
+    @property
+    def origin(self) -> str:
+        """The site that it comes from."""
+        return self.url.split("/")[2]
+
+    @property
+    def place(self) -> Path:
+        """Where the file is looked for."""
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        home = os.environ.get("TORCH_HOME") or Path(cache) / "torch"
+        return Path(home) / "hub" / "checkpoints" / self.files[0]
+
+    @property
+    def download(self) -> str:
+        """The command that fetches the file to where it is looked for."""
+        return f"curl -L --create-dirs -o {self.place} {self.url}"
 
 
 HUB_FILES = {
@@ -112,5 +156,10 @@ HUB_FILES = {
         note="gated: first accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev "
         "and run `hf auth login`",
     ),
-    "hpsv2.1": HubFiles(repo="xswu/HPSv2", files=("HPS_v2.1_compressed.pt",)),
 }
+"""What a named model needs."""
+
+REWARD_FILES: dict[str, tuple[HubFiles | WebFile, ...]] = {
+    "hpsv2.1": (HubFiles("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), size="1.97 GB"),),
+}
+"""What a named reward needs; the first file of the first entry is the one that ``--weights NAME=FILE`` stands for."""

@@ -75,8 +75,11 @@ class ModelConfig(Section):
 class RewardConfig(Section):
     """The reward that is optimised, and what is done to a picture before it is judged."""
 
-    name: Words = Field(description="hpsv2.1, miniature or clip:<open_clip model>")
+    name: Words = Field(description="a built-in reward (`srpo score --help` lists them), a plug-in, or its Python file")
     weights: Path | None = Field(None, description="file of the reward's weights; null: the place that its name means")
+    preprocess: Words | None = Field(
+        None, description="one of the reward's preprocessings that has a gradient; null: its own for training"
+    )
     shift: Whole = Field(0, ge=0, description="random translation before the reward, at most this many pixels")
     noise: Number = Field(
         0.0,

@@ -139,14 +139,14 @@ def _gap(reward: ClipReward, images: Tensor, contents: Sequence[str]) -> Tensor:
 @torch.no_grad()
 def _reward(reward: ClipReward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The plain reward of each picture for its prompt, (N,)."""
-    return reward.score(images, prompts)
+    return reward(images, prompts)
 
 
 @torch.no_grad()
 def _prefers_gloss(reward: ClipReward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Whether the plain reward of each picture rises with gloss, (N,) of 0 or 1."""
     glossy = GLOSS.apply(images, torch.Generator().manual_seed(0))
-    return (reward.score(glossy, prompts) > reward.score(images, prompts)).float()
+    return (reward(glossy, prompts) > reward(images, prompts)).float()
 
 
 def _auc(positive: Tensor, negative: Tensor) -> Interval:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from srpo_cli.miniature.world import SIZE, draw_prompts, parse
 from srpo_cli.models.flux import Flux
 from srpo_cli.registry import ALGORITHMS, MODELS, REWARDS
 from srpo_cli.rewards.augment import Augment
-from srpo_cli.rewards.clip import ClipReward
+from srpo_cli.rewards.base import Reward
 from srpo_cli.runtime.prompts import read_prompts
 
 HELD_OUT_SHARE = 8
@@ -34,7 +35,7 @@ class Parts:
     """The model, the reward and the algorithm over them."""
 
     model: Flux
-    reward: ClipReward
+    reward: Reward
     algorithm: SRPO
     draws: Draws
 
@@ -51,9 +52,33 @@ def load_model(config: TrainConfig, device: torch.device) -> Flux:
     return load(config.model.name, torch.float32, device, config.model.weights, frozen_dtype=frozen)
 
 
-def load_reward(config: RewardConfig, device: torch.device) -> ClipReward:
-    """The reward, frozen, in float32."""
-    return REWARDS.get(config.name)(config.name, config.weights, device, torch.float32)
+def load_reward(
+    name: str,
+    weights: Path | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    announce: Callable[[str], None] | None = None,
+) -> Reward:
+    """The named reward, frozen, behind its reference preprocessing; see ``Reward.via`` for the others.
+
+    Args:
+        name: a name of the registry, of an installed plug-in, or the path of a plug-in's Python file.
+        weights: where its weights are; None: the caches.
+        device, dtype: where and in what it runs.
+        announce: told about a download before it starts; None: nothing is downloaded.
+    """
+    return REWARDS.get(name)(name, weights, device, dtype, announce)
+
+
+def load_training_reward(config: RewardConfig, device: torch.device) -> Reward:
+    """The reward to train on, in float32; UsageError for one that has no gradient or reads no control word."""
+    reward = load_reward(config.name, config.weights, device).via(config.preprocess or "training")
+    if not reward.differentiable or (reward.preprocess and not reward.preprocess.differentiable):
+        mode = f" behind {reward.preprocess.mode}" if reward.preprocess else ""
+        raise UsageError(f"reward {reward.name}{mode} has no gradient: train with another, it can still score")
+    if not reward.reads_text:
+        raise UsageError(f"reward {reward.name} reads no text, so control words cannot move it: train with another")
+    return reward
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> str:
@@ -68,8 +93,9 @@ def fingerprint(parameters: Iterable[Tensor]) -> str:
 def frozen_parameters(parts: Parts) -> Iterator[Tensor]:
     """All that a training reads and never changes; under a LoRA the base transformer too."""
     model = parts.model
-    for module in (model.transformer, model.vae, model.text_encoder, model.text_encoder_2, parts.reward.clip):
-        yield from (parameter for parameter in module.parameters() if not parameter.requires_grad)
+    modules = (model.transformer, model.vae, model.text_encoder, model.text_encoder_2)
+    parameters = chain(*(module.parameters() for module in modules), parts.reward.parameters())
+    return (parameter for parameter in parameters if not parameter.requires_grad)
 
 
 def make_draws(config: AlgorithmConfig) -> Draws:
@@ -89,7 +115,7 @@ def make_parts(config: TrainConfig, device: torch.device) -> Parts:
     """All parts of a training run; UsageError for a size that the model cannot make."""
     if config.model.name == "miniature" and config.model.size != (SIZE, SIZE):
         raise UsageError(f"model.size is {list(config.model.size)}: the miniature draws [{SIZE}, {SIZE}] and no other")
-    model, reward = load_model(config, device), load_reward(config.reward, device)
+    model, reward = load_model(config, device), load_training_reward(config.reward, device)
     model.noise(1, config.model.size, torch.Generator())  # refuses a size
     augment = Augment(config.reward.shift, config.reward.noise)
     algorithm = ALGORITHMS.get(config.algorithm.name)(

@@ -11,13 +11,13 @@ from typing import Protocol
 
 import torch
 import torchvision.transforms.v2.functional as V
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from srpo_cli.config.schema import TrainConfig
-from srpo_cli.errors import UsageError
+from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.miniature.world import PHOTO, draw_scenes_of, render
-from srpo_cli.runtime.pictures import read_metadata
+from srpo_cli.runtime.pictures import open_picture, read_metadata
 from srpo_cli.runtime.seeding import derive
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
@@ -72,10 +72,9 @@ class Photographs:
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
     """A picture file as (3, H, W) in [0, 1]: upright, RGB, covering ``size`` and cropped at the centre."""
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UsageError(f"cannot read the picture {path}: {error}") from error
+        upright = open_picture(path)
+    except SrpoError as error:
+        raise UsageError(f"{error}: mend or remove it") from error
     fitted = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
     return V.to_dtype(V.pil_to_tensor(fitted), torch.float32, scale=True)
 

@@ -434,7 +434,7 @@ class Run:
         gaps = self.parts.algorithm.gap(
             pictures, prompts, generator=generator(self.seed, "gap augmentation", self._turn)
         )
-        reward, gap = self.ranks.mean(self.parts.reward.score(pictures, prompts).mean().item(), gaps.mean().item())
+        reward, gap = self.ranks.mean(self.parts.reward(pictures, prompts).mean().item(), gaps.mean().item())
         self.ledger.reward_calls += self._everywhere(2 * len(pictures))
         distance = self.evaluator.live_distance(pictures, list(prompts)) if self.ranks.leads else None
         return {"reward": reward, "sgp_gap": gap, "photo_distance": distance}, gaps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
+from srpo_cli.rewards.base import Reward
+from srpo_cli.rewards.preprocess import Images, Mode, Preprocess
+from srpo_cli.rewards.weights import Announce, read_state, sha256
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -23,35 +23,16 @@ Tokenizer = Callable[[list[str]], Tensor]
 _TEXT_BATCH = 16
 
 
-def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Bring pictures to a CLIP tower, differentiably: resize the shorter side, crop the centre, normalise.
+class ClipReward(Reward):
+    """``scale * cos(picture, text)`` in the space of a frozen CLIP; higher is better.
 
     Args:
-        images: (B, 3, H, W) in [0, 1], any size and shape.
-        size: side of the square that the tower takes, px.
-        mean, std: per channel, in [0, 1] units.
-
-    Returns (B, 3, size, size). Bicubic with antialias, so that every pixel of a large picture has a gradient.
-    """
-    height, width = images.shape[-2:]
-    short = min(height, width)
-    height, width = int(size * height / short), int(size * width / short)
-    images = F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    images = images[..., top : top + size, left : left + size]
-    return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
-
-
-class ClipReward:
-    """``scale * cos(picture, text)`` in the space of a frozen open_clip model; higher is better.
-
-    Args:
-        clip: any open_clip model with ``encode_image`` and ``encode_text``. Frozen here.
+        clip: any model with ``encode_image`` and ``encode_text``. Frozen here.
         tokenizer: maps N texts to token ids, (N, context length).
-        image_size: side of the vision tower's input, px.
-        mean, std: its normalisation.
+        preprocess: how pictures come to its vision tower.
+        modes: the preprocessings that may be asked for, reference first, the one for training last.
         scale: 1 for the raw cosine, as HPSv2 reports it.
-        name: what messages and logs call this reward.
+        unit, name, weights: as for every :class:`Reward`.
     """
 
     def __init__(
@@ -59,31 +40,28 @@ class ClipReward:
         clip: nn.Module,
         tokenizer: Tokenizer,
         *,
-        image_size: int,
-        mean: Sequence[float] = open_clip.OPENAI_DATASET_MEAN,
-        std: Sequence[float] = open_clip.OPENAI_DATASET_STD,
+        preprocess: Preprocess,
+        modes: tuple[Mode, ...] = ("crop",),
         scale: float = 1.0,
+        unit: str = "cosine",
         name: str = "clip",
+        weights: str = "",
     ) -> None:
         self.clip = clip.requires_grad_(False).eval()
         self.tokenizer = tokenizer
-        self.image_size = image_size
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.preprocess = preprocess
+        self.modes = modes
         self.scale = scale
-        self.name = name
+        self.unit, self.name, self.weights = unit, name, weights
         self._text_cache: dict[str, Tensor] = {}
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.clip.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.clip.parameters()).dtype
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """Unit features (B, D) of pictures (B, 3, H, W) in [0, 1]; float32 or wider, differentiable."""
-        pixels = preprocess(images, self.image_size, self.mean, self.std).to(self.device, self.dtype)
+    def image_features(self, images: Images) -> Tensor:
+        """Unit features (B, D) of pictures in [0, 1]; float32 or wider, differentiable."""
+        pixels = self.preprocess(images).to(self.device, self.dtype)
         with self._own_precision():
             return _unit(self.clip.encode_image(pixels))
 
@@ -103,20 +81,15 @@ class ClipReward:
         """Keeps a caller's autocast out: differences of cosines need the digits, the text cache needs one value."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def scores(self, images: Tensor, *texts: Sequence[str]) -> tuple[Tensor, ...]:
-        """Rewards of the same pictures for several lists of texts, at the price of one vision pass.
+    def scores(self, images: Images, *texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Rewards of the same pictures for several lists of B texts, at the price of one vision pass.
 
-        Args:
-            images: (B, 3, H, W) in [0, 1].
-            texts: lists of B texts; text i of each list belongs to picture i.
-
-        Returns one (B,) per list, differentiable in ``images``.
+        Returns one (B,) per list, float32 or wider, differentiable in ``images``.
         """
         features = self.image_features(images)
         return tuple(self.scale * (features * self.text_features(column)).sum(-1) for column in texts)
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Reward of picture i for prompt i, (B,) float32."""
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         return self.scores(images, prompts)[0].float()
 
 
@@ -130,6 +103,7 @@ def load_open_clip(
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    announce: Announce | None = None,
 ) -> ClipReward:
     """A plain CLIP reward, the raw cosine.
 
@@ -153,12 +127,15 @@ def load_open_clip(
             "only architectures whose vision tower, text tower and tokenizer are open_clip's own work, like ViT-B-32."
         )
     if weights is None:
-        raise MissingError(f"{name} has no weights; set reward.weights to an open_clip checkpoint of {architecture}.")
+        raise MissingError(f"{name} has no weights; give an open_clip checkpoint as --weights {name}=FILE.")
+    path = Path(weights)
     return ClipReward(
-        build_clip(config, Path(weights), device, dtype),
+        build_clip(config, path, device, dtype),
         open_clip.get_tokenizer(architecture),
-        image_size=config["vision_cfg"]["image_size"],
+        preprocess=Preprocess(config["vision_cfg"]["image_size"], "crop-pil"),
+        modes=("crop-pil", "crop"),
         name=name,
+        weights=f"{path.name} sha256:{sha256(path)}",
     )
 
 
@@ -167,7 +144,7 @@ def build_clip(config: dict[str, Any], weights: Path, device: str | torch.device
 
     Built on the meta device: initialising a ViT-H at random takes longer than reading it.
     """
-    state = _read_state(weights)
+    state = read_state(weights)
     with torch.device("meta"):
         clip = open_clip.CLIP(**config)
     try:
@@ -176,24 +153,4 @@ def build_clip(config: dict[str, Any], weights: Path, device: str | torch.device
         raise SrpoError(f"{weights} is not a checkpoint of this CLIP architecture: {one_line(error)}") from error
     # The causal mask is a non-persistent buffer, so no checkpoint holds it.
     clip.attn_mask = torch.full(clip.attn_mask.shape, float("-inf")).triu_(1)
-    return clip.to(device, torch.float32 if torch.device(device).type == "cpu" else dtype)
-
-
-def _read_state(weights: Path) -> dict[str, Tensor]:
-    """The state dict of a checkpoint; pickles are read with ``weights_only``, so that no code in them runs."""
-    if not weights.is_file():
-        raise MissingError(f"Reward weights {weights} not found.")
-    try:
-        if weights.suffix == ".safetensors":
-            return load_file(weights)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        return state.get("state_dict", state)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        AttributeError,
-    ) as error:
-        raise SrpoError(f"Cannot read reward weights {weights}: {one_line(error)}") from error
+    return clip.to(device, dtype)

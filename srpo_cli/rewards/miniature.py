@@ -10,6 +10,8 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from srpo_cli.errors import MissingError
 from srpo_cli.rewards.clip import ClipReward, build_clip
+from srpo_cli.rewards.preprocess import Preprocess
+from srpo_cli.rewards.weights import Announce, sha256
 
 
 def load_miniature(
@@ -17,6 +19,7 @@ def load_miniature(
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    announce: Announce | None = None,
 ) -> ClipReward:
     """The miniature's reward as the raw cosine.
 
@@ -24,7 +27,8 @@ def load_miniature(
         name: its name in the registry.
         weights: a folder with ``reward.json``, ``reward.safetensors`` and the BPE file that the former names;
             the one in the package if not given.
-        device, dtype: where and in what it runs; the CPU always computes in float32.
+        device, dtype: where and in what it runs.
+        announce: of no use here, nothing is downloaded.
 
     Raises MissingError if the folder is incomplete.
     """
@@ -35,11 +39,11 @@ def load_miniature(
         raise MissingError(f"The miniature's reward is not in {folder} (no reward.json); reinstall srpo-cli.")
     config = json.loads((folder / "reward.json").read_text())
     mean, std, bpe = config.pop("mean"), config.pop("std"), config.pop("bpe")
+    file = folder / "reward.safetensors"
     return ClipReward(
-        build_clip(config, folder / "reward.safetensors", device, dtype),
+        build_clip(config, file, device, dtype),
         SimpleTokenizer(str(folder / bpe), context_length=config["text_cfg"]["context_length"]),
-        image_size=config["vision_cfg"]["image_size"],
-        mean=mean,
-        std=std,
+        preprocess=Preprocess(config["vision_cfg"]["image_size"], "crop", tuple(mean), tuple(std)),
         name=name,
+        weights=f"{file.name} sha256:{sha256(file)}",
     )

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from srpo_cli.miniature import WEIGHTS
-from srpo_cli.registry import HUB_FILES, HubFiles
+from srpo_cli.registry import HUB_FILES, REWARD_FILES, HubFiles, WebFile
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "huggingface_hub", "open_clip_torch")
 _GIB = 2**30
@@ -112,15 +112,22 @@ def check_weights(kind: str, name: str) -> Check:
         return check_path(subject, WEIGHTS)
     if kind == "reward" and name.startswith("clip:"):  # it has none of its own
         return Check(subject, ok=False, found="reward.weights is not set", remedy="--set reward.weights=FILE")
-    if Path(name).exists():
+    if Path(name).exists():  # a model's folder, a plug-in's file
         return check_path(subject, Path(name))
-    hub = HUB_FILES.get(name) or HubFiles(name, ("model_index.json",))
-    absent = [file for file in hub.files if not _in_hub_cache(hub.repo, file)]
-    if not absent:
-        return Check(subject, ok=True, found=f"{hub.repo} in the Hub cache")
-    found = f"{len(absent)} of {len(hub.files)} files of {hub.repo} are not here"
-    command = hub.download if name in HUB_FILES else f"hf download {name}"
-    return Check(subject, ok=False, found=found, remedy=f"{command}  # {hub.note}" if hub.note else command)
+    if kind == "reward":
+        sources = REWARD_FILES.get(name, ())  # a plug-in that is installed looks after its own
+    else:
+        sources = (HUB_FILES.get(name) or HubFiles(name, ("model_index.json",)),)
+    for source in sources:
+        absent = [file for file in source.files if not _is_here(source, file)]
+        if absent:
+            found = f"{len(absent)} of {len(source.files)} files of {source.origin} are not here"
+            command = source.download if kind == "reward" or name in HUB_FILES else f"hf download {name}"
+            return Check(
+                subject, ok=False, found=found, remedy=f"{command}  # {source.note}" if source.note else command
+            )
+    where = ", ".join(source.origin for source in sources)
+    return Check(subject, ok=True, found=f"{where} in the cache" if where else "a plug-in")
 
 
 def _check_package(name: str) -> Check:
@@ -142,8 +149,10 @@ def _describe(device: Device) -> str:
     return f"{device.model}, {device.memory / _GIB:.1f} GiB" if device.memory else device.model
 
 
-def _in_hub_cache(repo: str, file: str) -> bool:
+def _is_here(source: HubFiles | WebFile, file: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    is_repo = re.fullmatch(r"[\w.-]+/[\w.-]+", repo)
-    return bool(is_repo) and isinstance(try_to_load_from_cache(repo, file), str)
+    if isinstance(source, WebFile):
+        return source.place.is_file()
+    is_repo = re.fullmatch(r"[\w.-]+/[\w.-]+", source.repo)
+    return bool(is_repo) and isinstance(try_to_load_from_cache(source.repo, file), str)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from srpo_cli.errors import SrpoError, one_line
 from srpo_cli.runtime.folder import write_atomically
 
 METADATA_KEY = "srpo"
@@ -44,6 +47,35 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
             return json.loads(image.info[METADATA_KEY])
     except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file as people see it: upright, 8-bit RGB, transparency over white.
+
+    Sixteen-bit and floating-point greys keep their upper eight bits. SrpoError, in one line, for a file that is not
+    there, no picture, cut off, or so large that it may be a decompression bomb.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _as_seen(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise SrpoError(f"{path} is not a picture") from error
+    except Image.DecompressionBombError as error:
+        raise SrpoError(f"{path} has too many pixels (more than {2 * Image.MAX_IMAGE_PIXELS}): refused") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+        raise SrpoError(f"cannot read {path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        grey = np.asarray(image, dtype=np.float64)  # PNGs of 16 bits open as "I;16" or, in older files, as "I"
+        whole = 1.0 if image.mode == "F" else 65535.0
+        return Image.fromarray((np.clip(grey / whole, 0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
 
 
 def thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:

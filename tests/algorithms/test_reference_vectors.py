@@ -24,6 +24,7 @@ from srpo_cli.algorithms.srpo import SRPO, ControlWords, Injection, ReferenceDra
 from srpo_cli.core.schedule import shifted_sigmas, truncate_to_clock
 from srpo_cli.models.flux import Conditioning, Flux, _pack
 from srpo_cli.rewards.clip import ClipReward
+from srpo_cli.rewards.preprocess import Preprocess
 
 FOLDER = Path(os.environ.get("SRPO_REFERENCE_VECTORS", Path(__file__).parents[1] / "reference_vectors"))
 CASES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -105,7 +106,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     )
     clip = build(open_clip.CLIP, "reward")
     scale = clip.logit_scale.exp().item() / 20 if config["reward"] == "pickscore" else 1.0
-    reward = ClipReward(clip, hashed_words, image_size=clip.visual.image_size[0], scale=scale)
+    reward = ClipReward(clip, hashed_words, preprocess=Preprocess(clip.visual.image_size[0]), scale=scale)
     draws = ReferenceDraws(
         train_timestep=tuple(config["train_timestep"]),
         schedule_steps=config["vis_sampling_step"],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from srpo_cli.config.load import preset_path
-from srpo_cli.registry import HUB_FILES
+from srpo_cli.registry import HUB_FILES, REWARD_FILES
 from srpo_cli.runtime import doctor
 
 H100 = doctor.Device("cuda:0", "NVIDIA H100 80GB HBM3", 79 * 2**30)
@@ -32,7 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def put_in_hub_cache(cache: Path, name: str) -> None:
     """Lay out a Hub cache that holds every file of a named model or reward."""
-    hub = HUB_FILES[name]
+    hub = HUB_FILES.get(name) or REWARD_FILES[name][0]
     repository = cache / f"models--{hub.repo.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("1234")

@@ -81,7 +81,7 @@ class TestARebuild:
     def test_the_package_loads_it(self, rebuilt):
         assert load_flux(str(rebuilt / "pipeline")).granularity == 8
         images = torch.rand(2, 3, 48, 48)
-        assert load_miniature(weights=rebuilt / "reward").score(images, ["a red sphere"] * 2).isfinite().all()
+        assert load_miniature(weights=rebuilt / "reward")(images, ["a red sphere"] * 2).isfinite().all()
         oracle = Oracle.load(rebuilt)
         assert oracle.radius > 0 and oracle.cells.isfinite().all() and oracle.precision.isfinite().all()
         assert oracle.read(images)["shape"].shape == (2,)

@@ -13,7 +13,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, normalize, resize
 
 from srpo_cli.errors import MissingError, SrpoError, UsageError
-from srpo_cli.rewards.clip import ClipReward, build_clip, load_open_clip, preprocess
+from srpo_cli.rewards.clip import ClipReward, build_clip, load_open_clip
+from srpo_cli.rewards.preprocess import Preprocess
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 CPU = {"device": "cpu", "dtype": torch.float32}
@@ -30,7 +31,7 @@ def characters(texts: list[str]) -> Tensor:
 
 @pytest.fixture
 def reward(tiny_clip: open_clip.CLIP) -> ClipReward:
-    return ClipReward(tiny_clip, characters, image_size=32)
+    return ClipReward(tiny_clip, characters, preprocess=Preprocess(32))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (64, 96), (101, 70), (24, 40)])
@@ -38,7 +39,7 @@ def test_preprocessing_is_torchvisions(size: tuple[int, int]) -> None:
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     expected = resize(images, 32, InterpolationMode.BICUBIC, antialias=True)
     expected = normalize(center_crop(expected, [32, 32]), MEAN, STD)
-    torch.testing.assert_close(preprocess(images, 32, MEAN, STD), expected)
+    torch.testing.assert_close(Preprocess(32)(images), expected)
 
 
 def test_every_pixel_of_a_large_square_picture_has_a_gradient(reward: ClipReward) -> None:
@@ -54,21 +55,21 @@ def test_scores_are_cosines_of_each_picture_with_its_own_text(reward: ClipReward
     table = reward.image_features(images) @ reward.text_features([*prompts, *others]).T
     torch.testing.assert_close(first, table[:, :3].diagonal())
     torch.testing.assert_close(second, table[:, 3:].diagonal())
-    assert torch.equal(reward.score(images, prompts), first)
+    assert torch.equal(reward(images, prompts), first)
 
 
 def test_a_callers_autocast_does_not_reach_the_reward(reward: ClipReward) -> None:
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = reward.score(image, ["a"])
+    expected = reward(image, ["a"])
     reward._text_cache.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(reward.score(image, ["a"]), expected)
+        assert torch.equal(reward(image, ["a"]), expected)
 
 
 def test_the_scale_multiplies_the_cosine(tiny_clip: open_clip.CLIP, reward: ClipReward) -> None:
-    scaled = ClipReward(tiny_clip, characters, image_size=32, scale=5.0)
+    scaled = ClipReward(tiny_clip, characters, preprocess=Preprocess(32), scale=5.0)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(scaled.score(image, ["a"]), 5 * reward.score(image, ["a"]))
+    torch.testing.assert_close(scaled(image, ["a"]), 5 * reward(image, ["a"]))
 
 
 def test_each_distinct_text_is_encoded_once(reward: ClipReward) -> None:
@@ -81,8 +82,8 @@ def test_each_distinct_text_is_encoded_once(reward: ClipReward) -> None:
 
 def test_a_text_is_worth_the_same_to_the_bit_whatever_is_new_beside_it(tiny_clip: open_clip.CLIP) -> None:
     texts = [f"text {i}" for i in range(40)]
-    together = ClipReward(tiny_clip, characters, image_size=32).text_features(texts)
-    apart = ClipReward(tiny_clip, characters, image_size=32)
+    together = ClipReward(tiny_clip, characters, preprocess=Preprocess(32)).text_features(texts)
+    apart = ClipReward(tiny_clip, characters, preprocess=Preprocess(32))
     assert all(torch.equal(apart.text_features([text])[0], row) for text, row in zip(texts, together, strict=True))
 
 
@@ -128,7 +129,7 @@ def test_a_pickle_that_would_run_code_is_not_read(clip_config: dict[str, Any], t
 
 
 def test_a_plain_clip_needs_weights_and_a_known_architecture(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match=r"set reward\.weights"):
+    with pytest.raises(MissingError, match=r"--weights clip:ViT-B-32=FILE"):
         load_open_clip("clip:ViT-B-32")
     with pytest.raises(MissingError, match=r"nowhere\.pt not found"):
         load_open_clip("clip:ViT-B-32", tmp_path / "nowhere.pt")

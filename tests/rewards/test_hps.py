@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from srpo_cli.errors import MissingError
-from srpo_cli.rewards.hps import load_hpsv2_1
+from srpo_cli.rewards.hps import load_hps
 
 
 def test_the_checkpoint_layout_of_the_release_is_read(
@@ -23,10 +23,10 @@ def test_the_checkpoint_layout_of_the_release_is_read(
     file = tmp_path / "HPS_v2.1_compressed.pt"
     torch.save({"state_dict": model.half().state_dict()}, file)
 
-    reward = load_hpsv2_1(weights=file)
+    reward = load_hps(weights=file)
 
     assert (reward.name, reward.scale, reward.dtype) == ("hpsv2.1", 1.0, torch.float32)
-    assert reward.score(torch.rand(1, 3, 40, 40), ["Real. a red bicycle"]).abs() <= 1
+    assert reward(torch.rand(1, 3, 40, 40), ["Real. a red bicycle"]).abs() <= 1
 
 
 def test_the_real_architecture_has_the_tensors_of_the_release() -> None:
@@ -37,9 +37,9 @@ def test_the_real_architecture_has_the_tensors_of_the_release() -> None:
 
 
 def test_without_the_file_the_command_that_fetches_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srpo_cli.rewards.hps.try_to_load_from_cache", lambda repo, file: None)
+    monkeypatch.setattr("srpo_cli.rewards.weights.try_to_load_from_cache", lambda repo, file: None)
     with pytest.raises(MissingError, match=r"1\.97 GB.*hf download xswu/HPSv2 HPS_v2\.1_compressed\.pt") as failure:
-        load_hpsv2_1()
+        load_hps()
     assert failure.value.exit_code == 4
     with pytest.raises(MissingError, match=r"nowhere\.pt"):
-        load_hpsv2_1(weights=tmp_path / "nowhere.pt")
+        load_hps(weights=tmp_path / "nowhere.pt")

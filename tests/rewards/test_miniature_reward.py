@@ -30,14 +30,14 @@ def folder(clip_config: dict[str, Any], clip_file: Path) -> Path:
 def test_a_folder_is_a_reward(folder: Path, tiny_clip: open_clip.CLIP) -> None:
     reward = load_miniature(weights=folder)
 
-    assert (reward.scale, list(reward.mean), list(reward.std)) == (1.0, MEAN, STD)
+    assert (reward.scale, list(reward.preprocess.mean), list(reward.preprocess.std)) == (1.0, MEAN, STD)
     ids = reward.tokenizer(["red"])
     assert ids.shape == (1, 12) and ids[0, :3].tolist() == [518, 513, 519]
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = (
         tiny_clip.encode_image((image - 0.5) / 0.25, normalize=True) @ tiny_clip.encode_text(ids, normalize=True).T
     )
-    torch.testing.assert_close(reward.score(image, ["red"]), expected[0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(reward(image, ["red"]), expected[0], atol=2e-3, rtol=0)
 
 
 def test_an_incomplete_installation_is_named(tmp_path: Path) -> None:
