@@ -12,9 +12,28 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from srpo_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """A Python file that stands for a part, written PATH.py or PATH.py:ATTRIBUTE."""
+
+    path: Path
+    attribute: str = "load"
+
+
+@dataclass(frozen=True)
+class InstalledPlugin:
+    """An entry point of an installed package that stands for a part; ``package`` is its name and version."""
+
+    package: str
+    entry: EntryPoint
 
 
 class Registry:
@@ -22,26 +41,82 @@ class Registry:
 
     A key may be a shell pattern ("clip:*", "*/*"): it stands for a family of names and is tried after the
     exact names, in the order given. ``families`` says what a user may write for a pattern.
+
+    Where there is a ``plugin_loader``, a target like any other, other people's parts are found after these: a Python
+    file by its path, and what installed packages offer under ``entry_points``. So no package can take the place of
+    what is built in, or of a file, whose code is asked about before it runs.
     """
 
-    def __init__(self, kind: str, targets: dict[str, str], families: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        targets: dict[str, str],
+        families: dict[str, str] | None = None,
+        *,
+        entry_points: str = "",
+        plugin_loader: str = "",
+    ) -> None:
         self.kind = kind
         self._targets = targets
         self._families = families or {}
+        self._entry_points = entry_points
+        self._plugin_loader = plugin_loader
+
+    @property
+    def names(self) -> list[str]:
+        """What a user may write, but for what installed packages offer."""
+        files = ["FILE.py"] if self._plugin_loader else []
+        return [*(self._families.get(key, key) for key in self._targets), *files]
 
     def find(self, name: str) -> str:
         """The target of ``name`` without importing it; ``UsageError`` with a suggestion if unknown."""
-        if name in self._targets:
-            return self._targets[name]
-        for pattern, target in self._targets.items():
-            if fnmatchcase(name, pattern):
-                return target
-        raise UsageError.unknown(self.kind, name, [self._families.get(key, key) for key in self._targets])
+        target = self._built_in(name)
+        if target is None and self.plugin(name):
+            target = self._plugin_loader
+        if target is None:
+            installed = dict.fromkeys(plugin.entry.name for plugin in self._all_installed())
+            raise UsageError.unknown(self.kind, name, [*self.names, *installed])
+        return target
 
     def get(self, name: str) -> Any:
         """Import and return what ``name`` stands for."""
         module, attribute = self.find(name).split(":")
         return getattr(import_module(module), attribute)
+
+    def plugin(self, name: str) -> PluginFile | InstalledPlugin | None:
+        """Whose code ``name`` means; None for what is built in and for what nobody knows. Imports and reads none."""
+        if not self._plugin_loader or self._built_in(name) is not None:
+            return None
+        file, colon, attribute = name.rpartition(":")
+        if colon and file.endswith(".py"):
+            if not attribute.isidentifier():
+                raise UsageError(f"{self.kind} {name}: write FILE.py, or FILE.py:NAME with a name out of the file")
+            return PluginFile(Path(file), attribute)
+        return PluginFile(Path(name)) if name.endswith(".py") else self._installed(name)
+
+    def shadowed(self, name: str) -> InstalledPlugin | None:
+        """The plug-in of an installed package that cannot be reached, because its name is a built-in one."""
+        return None if self._built_in(name) is None else self._installed(name)
+
+    def _built_in(self, name: str) -> str | None:
+        if name in self._targets:
+            return self._targets[name]
+        return next((target for pattern, target in self._targets.items() if fnmatchcase(name, pattern)), None)
+
+    def _installed(self, name: str) -> InstalledPlugin | None:
+        found = [plugin for plugin in self._all_installed() if plugin.entry.name == name]
+        if len(found) > 1:
+            packages = " and ".join(plugin.package for plugin in found)
+            raise UsageError(f"{self.kind} {name} is offered by {packages}: uninstall all but one of them")
+        return found[0] if found else None
+
+    def _all_installed(self) -> list[InstalledPlugin]:
+        if not self._entry_points:
+            return []
+        from importlib.metadata import entry_points
+
+        entries = entry_points(group=self._entry_points)
+        return [InstalledPlugin(f"{entry.dist.name} {entry.dist.version}", entry) for entry in entries]
 
 
 MODELS = Registry(
@@ -57,11 +132,20 @@ MODELS = Registry(
 REWARDS = Registry(
     "reward",
     {
+        "aesthetic-v2.5": "srpo_cli.rewards.aesthetic:load_aesthetic",
+        "hpsv2.0": "srpo_cli.rewards.hps:load_hps",
         "hpsv2.1": "srpo_cli.rewards.hps:load_hps",
+        "imagereward": "srpo_cli.rewards.imagereward:load_imagereward",
+        "laion-aesthetic-v1": "srpo_cli.rewards.laion:load_laion",
+        "laion-aesthetic-v2": "srpo_cli.rewards.laion:load_laion",
         "miniature": "srpo_cli.rewards.miniature:load_miniature",
+        "pickscore": "srpo_cli.rewards.pickscore:load_pickscore",
+        "pickscore:cosine": "srpo_cli.rewards.pickscore:load_pickscore",
         "clip:*": "srpo_cli.rewards.clip:load_open_clip",
     },
-    families={"clip:*": "clip:ARCHITECTURE"},
+    families={"clip:*": "clip:ARCHITECTURE[/TAG]"},
+    entry_points="srpo.rewards",
+    plugin_loader="srpo_cli.rewards.plugins:load_plugin",
 )
 
 ALGORITHMS = Registry("algorithm", {"srpo": "srpo_cli.algorithms.srpo:SRPO"})
@@ -159,7 +243,46 @@ HUB_FILES = {
 }
 """What a named model needs."""
 
+_OPENAI_VIT_L_14 = HubFiles("timm/vit_large_patch14_clip_224.openai", ("open_clip_model.safetensors",), size="1.71 GB")
+_PICKSCORE = (
+    HubFiles("yuvalkirstain/PickScore_v1", ("model.safetensors", "config.json"), size="3.94 GB"),
+    HubFiles("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("tokenizer.json",), size="2.2 MB"),
+)
+
 REWARD_FILES: dict[str, tuple[HubFiles | WebFile, ...]] = {
+    "aesthetic-v2.5": (
+        HubFiles("google/siglip-so400m-patch14-384", ("model.safetensors",), size="3.51 GB"),
+        WebFile(
+            "https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/aesthetic_predictor_v2_5.pth",
+            size="2.6 MB",
+            sha256="a6caf256b3dc434273c98dcb12f6bf17c5d4fc647d8df11f038386923dd06220",
+            note="AGPL-3.0",
+        ),
+    ),
+    "imagereward": (
+        HubFiles("THUDM/ImageReward", ("ImageReward.pt",), size="1.79 GB"),
+        HubFiles("google-bert/bert-base-uncased", ("vocab.txt",), size="0.2 MB"),
+    ),
+    "hpsv2.0": (HubFiles("xswu/HPSv2", ("HPS_v2_compressed.pt",), size="1.97 GB"),),
     "hpsv2.1": (HubFiles("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), size="1.97 GB"),),
+    "laion-aesthetic-v1": (
+        WebFile(
+            "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth",
+            size="4 kB",
+            note="MIT",
+        ),
+        _OPENAI_VIT_L_14,
+    ),
+    "laion-aesthetic-v2": (
+        WebFile(
+            "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+            "sac+logos+ava1-l14-linearMSE.pth",
+            size="3.7 MB",
+            note="Apache-2.0",
+        ),
+        _OPENAI_VIT_L_14,
+    ),
+    "pickscore": _PICKSCORE,
+    "pickscore:cosine": _PICKSCORE,
 }
 """What a named reward needs; the first file of the first entry is the one that ``--weights NAME=FILE`` stands for."""

@@ -11,13 +11,18 @@ from srpo_cli import __version__
 from srpo_cli.cli import presets
 from srpo_cli.cli.doctor import doctor
 from srpo_cli.cli.errors import one_line_errors
+from srpo_cli.cli.recover import EXAMPLES as RECOVER_EXAMPLES
+from srpo_cli.cli.recover import recover
 from srpo_cli.cli.sample import EXAMPLES as SAMPLE_EXAMPLES
 from srpo_cli.cli.sample import sample
+from srpo_cli.cli.score import EXAMPLES as SCORE_EXAMPLES
+from srpo_cli.cli.score import score
 from srpo_cli.cli.train import EXAMPLES as TRAIN_EXAMPLES
 from srpo_cli.cli.train import train
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 failed run, 2 bad usage, 4 missing weights, dependency or device, 130 or 143 interrupted."
+    "Exit codes: 0 done, 1 failed run, 2 bad usage, 3 done in part, 4 missing weights, dependency or device, "
+    "130 or 143 interrupted."
 )
 
 app = typer.Typer(
@@ -29,6 +34,8 @@ app = typer.Typer(
 )
 app.command("train", epilog=TRAIN_EXAMPLES)(train)
 app.command("sample", epilog=SAMPLE_EXAMPLES)(sample)
+app.command("recover", epilog=RECOVER_EXAMPLES)(recover)
+app.command("score", epilog=SCORE_EXAMPLES)(score)
 app.command("doctor")(doctor)
 app.add_typer(presets.app, name="presets")
 

@@ -6,6 +6,8 @@ is not a ``SrpoError`` is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,3 +25,9 @@ def one_line_errors() -> Iterator[None]:
     except SrpoError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.secho("error: no space left where the output goes: free some, or send it elsewhere", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it flushes at the end
+        sys.exit(SrpoError.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from srpo_cli.cli.output import OutputFormat
 from srpo_cli.config.load import preset_names
+from srpo_cli.errors import UsageError
 
 _PRESET = {"metavar": "NAME|FILE", "help": "Preset, or NAME:VARIANT.", "autocompletion": preset_names}
 
@@ -35,3 +37,25 @@ ModelOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of everything that is drawn.")]
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would run, and run nothing.")]
+
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Let the Python file that is the reward run; needed once for each content.")
+]
+
+WeightsOption = Annotated[
+    list[str] | None,
+    typer.Option("--weights", metavar="NAME=PATH", help="Where a reward's weights are; may be repeated."),
+]
+
+
+def parse_weights(given: Sequence[str], rewards: Sequence[str]) -> dict[str, Path]:
+    """Paths by the name of a reward, from ``--weights``; UsageError for one that is not among ``rewards``."""
+    weights = {}
+    for item in given:
+        name, _, path = item.partition("=")
+        if not (name and path):
+            raise UsageError(f"--weights {item}: give NAME=PATH, as in --weights hpsv2.1=HPS_v2.1_compressed.pt")
+        if name not in rewards:
+            raise UsageError(f"--weights {item} is of no use without --reward {name}")
+        weights[name] = Path(path)
+    return weights

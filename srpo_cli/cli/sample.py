@@ -83,15 +83,15 @@ def sample(
         raise UsageError(f"--compare {compare[0]} alone compares nothing: give it twice or more")
     if seed + num_images > _LAST_SEED:
         raise UsageError(f"--seed {seed} is too large: choose one below 2**53")
-    parsed_size = _parse_size(size) if size else None
+    parsed_size = parse_size(size) if size else None
     labels = _labels(compare or [])
 
     from srpo_cli.runtime.sources import Source, check_base
 
     if base:
         check_base(base)
-    named = labels or {"": model or base or _default_model(announce=True)}
-    sources = {label: Source.find(name, lambda: base or _default_model()) for label, name in named.items()}
+    named = labels or {"": model or base or default_model("sampling from")}
+    sources = {label: Source.find(name, lambda: base or default_model()) for label, name in named.items()}
     if base and base not in {source.base for source in sources.values()}:
         raise UsageError(f"--base {base} is of no use here: {', '.join(named.values())} brings a base of its own")
 
@@ -109,13 +109,14 @@ def sample(
     note(f"pictures: {folder / (recipe.COMPARISON if compare else recipe.GRID)}")
 
 
-def _default_model(announce: bool = False) -> str:
+def default_model(announce: str = "") -> str:
+    """The model where none is named; ``announce`` says what is done from the miniature where that is it."""
     from srpo_cli.runtime.devices import has_accelerator
 
     if has_accelerator():
         return "flux.1-dev"
     if announce:
-        note("no accelerator here: sampling from the built-in miniature (--model decides otherwise)")
+        note(f"no accelerator here: {announce} the built-in miniature (--model decides otherwise)")
     return "miniature"
 
 
@@ -137,7 +138,8 @@ def _is_label(text: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*", text) is not None
 
 
-def _parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width in px of ``--size``."""
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if not match or 0 in (height := int(match[1]), width := int(match[2] or match[1])):
         raise UsageError(f"--size {text}: give one number, or height and width as in 720x1280")

@@ -7,6 +7,7 @@ draws.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +68,71 @@ class Conditioning:
         return Conditioning(*(tensor.to(*args, **kwargs) for tensor in vars(self).values()))
 
 
-class Flux:
+class LatentSpace:
+    """The autoencoder of a FLUX-layout model with its packing: pictures to latents and back, no transformer.
+
+    Args:
+        vae: frozen here. Any ``AutoencoderKL`` will do; its scale and shift are its own configuration's.
+        name: what messages call this model.
+    """
+
+    def __init__(self, vae: AutoencoderKL, name: str = "vae") -> None:
+        self.vae = vae.requires_grad_(False).eval()
+        self.name = name
+        self.granularity = 2 ** len(vae.config.block_out_channels)
+        """Height and width must be multiples of this many px: the VAE's factor times the 2x2 packing."""
+        self._vae_scale = vae.config.scaling_factor
+        self._vae_shift = vae.config.shift_factor or 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where noise is made for and latents are expected."""
+        return self.vae.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What noise is made in."""
+        return self.vae.dtype
+
+    def _grid(self, size: Size) -> Size:
+        """Rows and columns of tokens; UsageError for a size that the model cannot make."""
+        height, width = size
+        unit = self.granularity
+        if min(size) < unit or height % unit or width % unit:
+            raise UsageError(f"{self.name} cannot make {height}x{width} px: both sides must be multiples of {unit}.")
+        return height // unit, width // unit
+
+    def nearest_size(self, size: Size, pixels: int | None = None) -> Size:
+        """The size nearest to ``size`` that the model can make, its area brought down to about ``pixels`` at most."""
+        scale = min(1.0, math.sqrt(pixels / (size[0] * size[1]))) if pixels else 1.0
+        return tuple(max(1, round(edge * scale / self.granularity)) * self.granularity for edge in size)
+
+    def noise(self, count: int, size: Size, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """Packed noise for ``count`` pictures, what ``FluxPipeline`` draws from ``generator``, to the bit.
+
+        A list holds one generator per picture. A CPU generator gives the same noise on every device.
+        """
+        rows, columns = self._grid(size)
+        shape = (count, self.vae.config.latent_channels, 2 * rows, 2 * columns)
+        return _pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype))
+
+    def decode(self, packed_latents: Tensor, size: Size) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of clean packed latents; float32 or wider, differentiable."""
+        latents = _unpack(packed_latents, *self._grid(size)) / self._vae_scale + self._vae_shift
+        pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+        pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+        return (pixels / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Packed latents of pictures (B, 3, H, W) in [0, 1]: the mean of the VAE's posterior, no sampling."""
+        self._grid(images.shape[-2:])
+        pixels = (2 * images - 1).to(self.vae.device, self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode()
+        return _pack((latents - self._vae_shift) * self._vae_scale)
+
+
+class Flux(LatentSpace):
     """A FLUX-layout model made of diffusers and transformers parts; only its transformer is ever trained.
 
     Args:
@@ -90,20 +155,15 @@ class Flux:
         max_sequence_length: int = _LONGEST_PROMPT,
         name: str = "flux",
     ) -> None:
-        for frozen in (vae, text_encoder, text_encoder_2):
+        super().__init__(vae, name)
+        for frozen in (text_encoder, text_encoder_2):
             if frozen is not None:
                 frozen.requires_grad_(False).eval()
         self.transformer = transformer
-        self.vae = vae
         self.scheduler = scheduler
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.max_sequence_length = max_sequence_length
-        self.name = name
-        self.granularity = 2 ** len(vae.config.block_out_channels)
-        """Height and width must be multiples of this many px: the VAE's factor times the 2x2 packing."""
-        self._vae_scale = vae.config.scaling_factor
-        self._vae_shift = vae.config.shift_factor or 0.0
         self._encode_prompt = lru_cache(maxsize=_PROMPTS_KEPT)(self._encode_prompt)
 
     @property
@@ -144,23 +204,6 @@ class Flux:
         clip = _read(self.text_encoder, self.tokenizer, prompt, self.tokenizer.model_max_length)
         t5 = _read(self.text_encoder_2, self.tokenizer_2, prompt, self.max_sequence_length)
         return t5.last_hidden_state[0].cpu(), clip.pooler_output[0].cpu()
-
-    def _grid(self, size: Size) -> Size:
-        """Rows and columns of tokens; UsageError for a size that the model cannot make."""
-        height, width = size
-        unit = self.granularity
-        if min(size) < unit or height % unit or width % unit:
-            raise UsageError(f"{self.name} cannot make {height}x{width} px: both sides must be multiples of {unit}.")
-        return height // unit, width // unit
-
-    def noise(self, count: int, size: Size, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
-        """Packed noise for ``count`` pictures, what ``FluxPipeline`` draws from ``generator``, to the bit.
-
-        A list holds one generator per picture. A CPU generator gives the same noise on every device.
-        """
-        rows, columns = self._grid(size)
-        shape = (count, self.vae.config.latent_channels, 2 * rows, 2 * columns)
-        return _pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype))
 
     def sigmas(self, steps: int, size: Size, shift: float | None = None) -> Tensor:
         """Sampling sigmas (steps + 1,) from about 1 down to 0, float32 on the CPU.
@@ -210,21 +253,6 @@ class Flux:
             img_ids=_image_ids(*self._grid(size), device),
             return_dict=False,
         )[0]
-
-    def decode(self, packed_latents: Tensor, size: Size) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] of clean packed latents; float32 or wider, differentiable."""
-        latents = _unpack(packed_latents, *self._grid(size)) / self._vae_scale + self._vae_shift
-        pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
-        pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
-        return (pixels / 2 + 0.5).clamp(0, 1)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Packed latents of pictures (B, 3, H, W) in [0, 1]: the mean of the VAE's posterior, no sampling."""
-        self._grid(images.shape[-2:])
-        pixels = (2 * images - 1).to(self.vae.device, self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode()
-        return _pack((latents - self._vae_shift) * self._vae_scale)
 
     @torch.no_grad()
     def sample(
@@ -322,8 +350,20 @@ def load_flux(
     return Flux(**parts, max_sequence_length=longest, name=name)
 
 
-def _pipeline_folder(name: str) -> Path:
-    """The local folder of a pipeline, by its name."""
+def load_latent_space(
+    name: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+) -> LatentSpace:
+    """Load only the autoencoder of what :func:`load_flux` takes as ``name``, or of any folder with a ``vae`` in it.
+
+    Raises what :func:`load_flux` raises.
+    """
+    folder = _pipeline_folder(name, "vae")
+    vae = _load_model(AutoencoderKL, folder / "vae", torch.float32 if torch.device(device).type == "cpu" else dtype)
+    return LatentSpace(vae.to(device), name)
+
+
+def _pipeline_folder(name: str, part: str = "") -> Path:
+    """The local folder of a pipeline by its name; of the Hub's files only those of ``part`` must be there."""
     if name == "miniature":
         from srpo_cli.miniature import WEIGHTS
 
@@ -337,12 +377,14 @@ def _pipeline_folder(name: str) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
         raise UsageError(f"Model {name!r} is neither a known name, nor a folder, nor a Hugging Face repository.")
     command = hub.download if hub else f"hf download {repo}"
+    if part:
+        command = f'hf download {repo} --include "{part}/*"'
     try:
         folder = Path(snapshot_download(repo, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise MissingError(f"{name} is not in the Hugging Face cache; fetch it with: {command}") from error
-    needed = hub.files if hub else ("model_index.json",)
-    for file in needed:
+    needed = hub.files if hub else (f"{part}/config.json" if part else "model_index.json",)
+    for file in (file for file in needed if file.startswith(part)):
         if not (folder / file).is_file():
             raise MissingError(f"{name} is incomplete in the Hugging Face cache ({file}); continue with: {command}")
     return folder

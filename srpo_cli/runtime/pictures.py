@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from srpo_cli.errors import SrpoError, one_line
+from srpo_cli.errors import SrpoError, UsageError, one_line
 from srpo_cli.runtime.folder import write_atomically
 
 METADATA_KEY = "srpo"
 """Name of the PNG text chunk that holds a picture's metadata as one JSON object."""
 
+_SHEET = "sheet"  # key in the metadata of a sheet
+_PARAMETERS = "parameters"  # text chunk in which stable-diffusion-webui and its like keep the prompt
 _MARGIN = 4  # px between pictures
 _SMALL, _LARGE = 144, 512  # px: on a sheet smaller pictures are enlarged to about the one, larger ones reduced
 _WIDEST = 1600  # px: a sheet that people look at without scrolling sideways
@@ -55,16 +58,53 @@ def open_picture(path: Path) -> Image.Image:
     Sixteen-bit and floating-point greys keep their upper eight bits. SrpoError, in one line, for a file that is not
     there, no picture, cut off, or so large that it may be a decompression bomb.
     """
+    return open_with_metadata(path)[0]
+
+
+def open_with_metadata(path: Path) -> tuple[Image.Image, dict[str, Any]]:
+    """As :func:`open_picture`, and what is written in the file: our own metadata, or another program's prompt."""
     try:
         with Image.open(path) as image:
             image.load()
-            return _as_seen(ImageOps.exif_transpose(image))
+            metadata = _metadata_of(image)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _as_seen(image), metadata
     except UnidentifiedImageError as error:
         raise SrpoError(f"{path} is not a picture") from error
     except Image.DecompressionBombError as error:
-        raise SrpoError(f"{path} has too many pixels (more than {2 * Image.MAX_IMAGE_PIXELS}): refused") from error
+        raise SrpoError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS} pixels: refused") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         raise SrpoError(f"cannot read {path}: {getattr(error, 'strerror', None) or one_line(error)}") from error
+
+
+def prompt_of(path: Path, metadata: Mapping[str, Any]) -> str | None:
+    """What a picture shows: the ``.txt`` beside it, else the prompt in its metadata."""
+    sidecar = path.with_suffix(".txt")
+    try:
+        text = sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"cannot read the prompt in {sidecar}: not UTF-8 text") from error
+    prompt = metadata.get("prompt")
+    return text or (prompt if isinstance(prompt, str) and prompt.strip() else None)
+
+
+def is_sheet(metadata: Mapping[str, Any]) -> bool:
+    """Whether a picture is a sheet of several that :func:`save_grid` made."""
+    return bool(metadata.get(_SHEET))
+
+
+def _metadata_of(image: Image.Image) -> dict[str, Any]:
+    try:
+        ours = json.loads(image.info[METADATA_KEY])
+    except (KeyError, ValueError, TypeError):
+        ours = None
+    if isinstance(ours, dict):
+        return ours
+    told = image.info.get(_PARAMETERS)  # the prompt, then a line of negative prompt, then one of settings
+    if not isinstance(told, str):
+        return {}
+    lines = takewhile(lambda line: not line.startswith(("Negative prompt:", "Steps: ")), told.splitlines())
+    return {"prompt": " ".join(lines).strip()}
 
 
 def _as_seen(image: Image.Image) -> Image.Image:
@@ -75,7 +115,7 @@ def _as_seen(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -128,7 +168,9 @@ def save_grid(rows: Sequence[Tensor], path: Path, row_labels: Sequence[str] = ()
             position = (left + _MARGIN + c * (cell_width + _MARGIN), top + body)
             draw.text(position, "\n".join(lines), "black", font, spacing=3)
         top += body + footer
-    _save(sheet, path)
+    info = PngImagePlugin.PngInfo()
+    info.add_text(METADATA_KEY, json.dumps({_SHEET: True}))
+    _save(sheet, path, pnginfo=info)
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

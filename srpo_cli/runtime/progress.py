@@ -66,3 +66,33 @@ class StepProgress:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+class CountProgress:
+    """A bar of how many are done, on stderr and only on a terminal; gone when it ends.
+
+    Args:
+        total: how many there will be; None: not known.
+        what: the things that are counted.
+    """
+
+    def __init__(self, total: int | None, what: str) -> None:
+        self._bar = None
+        if sys.stderr.isatty():
+            columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> CountProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int) -> None:
+        """Show that ``done`` are done."""
+        if self._bar:
+            self._bar.update(self._task, completed=done)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from srpo_cli.errors import MissingError, SrpoError, UsageError
-from srpo_cli.models.flux import Flux, load_flux
+from srpo_cli.models.flux import Flux, load_flux, load_latent_space
 
 SIZE = (24, 40)
 PROMPTS = ["a cat", "two dogs, dark. and a rather long tail"]
@@ -334,3 +334,58 @@ def test_only_safetensors_are_read(pipeline_folder: Path, tmp_path: Path) -> Non
         load_flux(str(pipeline_folder), weights=pickled)
     with pytest.raises(MissingError, match="nowhere"):
         load_flux(str(pipeline_folder), weights=tmp_path / "nowhere")
+
+
+# --- the autoencoder alone ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoder")
+    shutil.copytree(pipeline_folder / "vae", folder / "vae")
+    return folder
+
+
+def test_an_autoencoder_alone_does_what_the_whole_model_does_with_it(flux: Flux, vae_folder: Path) -> None:
+    space = load_latent_space(str(vae_folder))
+    images = torch.rand(2, 3, *SIZE, generator=seeded())
+    latents = space.encode(images)
+    assert torch.equal(latents, flux.encode(images))
+    assert torch.equal(space.decode(latents, SIZE), flux.decode(latents, SIZE))
+    assert torch.equal(space.noise(2, SIZE, seeded()), flux.noise(2, SIZE, seeded()))
+    assert not any(parameter.requires_grad for parameter in space.vae.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "nearest"),
+    [
+        ((24, 40), None, (24, 40)),
+        ((27, 37), None, (24, 40)),
+        ((1, 300), None, (8, 304)),
+        ((100, 400), 10_000, (48, 200)),
+    ],
+)
+def test_the_nearest_size_is_one_that_it_can_make(flux: Flux, size, pixels, nearest) -> None:
+    assert flux.nearest_size(size, pixels) == nearest
+    assert flux.noise(1, nearest, seeded()).shape[1] == nearest[0] * nearest[1] // 64
+
+
+def test_a_missing_autoencoder_is_named_with_the_command_that_fetches_it_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(MissingError, match="AutoencoderKL"):
+        load_latent_space(str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingError, match=r'hf download black-forest-labs/FLUX\.1-dev --include "vae/\*"'):
+        load_latent_space("flux.1-dev")
+
+
+def test_of_a_download_only_the_autoencoder_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, vae_folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("srpo_cli.models.flux.snapshot_download", lambda repo, **_: str(tmp_path))
+    with pytest.raises(MissingError, match=r"vae/diffusion_pytorch_model\.safetensors"):
+        load_latent_space("flux.1-dev")
+    shutil.copytree(vae_folder / "vae", tmp_path / "vae")
+    assert load_latent_space("flux.1-dev").granularity == 8
+    assert load_latent_space("someone/a-model").granularity == 8
