@@ -23,6 +23,7 @@ class Reward(ABC):
         unit: what one number of it is, for instance "cosine".
         reads_text: whether the prompt matters; a reward that does not read it ignores it.
         differentiable: whether its pixels have a gradient; only then can it train Direct-Align.
+        thread_safe: whether two threads may call it at once.
         weights: which weights these are, as recorded with every score: repository and revision, or sha256.
         preprocess: how pictures come to the size that its tower takes; None where the reward takes them as they are.
         modes: the preprocessings that it can be asked for. The first is the reference, the one that the published
@@ -33,6 +34,7 @@ class Reward(ABC):
     unit: str = ""
     reads_text: bool = True
     differentiable: bool = True
+    thread_safe: bool = False
     weights: str = ""
     preprocess: Preprocess | None = None
     modes: tuple[Mode, ...] = ()

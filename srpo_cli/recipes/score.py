@@ -1,0 +1,409 @@
+"""Score: rewards of pictures, plain or for control words, row by row while the next pictures are decoded."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from queue import Queue
+from threading import Lock, Thread
+from typing import Any, Literal
+
+import torch
+import torchvision.transforms.v2.functional as V
+from torch import Tensor
+
+from srpo_cli.algorithms.srpo import ControlWords
+from srpo_cli.core.relative import WordWeights, guided, relative_reward, sgp, srp, upstream
+from srpo_cli.errors import SrpoError
+from srpo_cli.metrics.intervals import Interval, bootstrap
+from srpo_cli.recipes.parts import load_reward
+from srpo_cli.rewards.base import Reward
+from srpo_cli.runtime.devices import best_device
+from srpo_cli.runtime.inputs import Picture
+from srpo_cli.runtime.pictures import is_sheet, open_with_metadata, prompt_of
+from srpo_cli.runtime.quiet import quiet_libraries
+
+Form = Literal["plain", "sgp", "srp", "cfg", "upstream"]
+Announce = Callable[[str], None]
+
+_MINIATURE = "miniature"
+_SCORERS = 2  # threads that judge batches on a CPU
+_BATCHES_AHEAD = 2  # decoded before they are scored: enough to overlap, little memory
+_TOGETHER = 8  # pictures decoded by one task: small pictures take less time than waking a thread
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The texts that a picture is judged by, and what is made of their rewards.
+
+    ``plain`` is the reward for the prompt; ``sgp`` that for the positive words; ``srp`` positive minus negative;
+    ``cfg`` the paper's ``k C_pos + (1 - k) C_neg``; ``upstream`` the reference code's ``(1 + k) C_pos - C_neg``. Over
+    several words each term is their mean. A picture without a prompt is judged by the word alone.
+    """
+
+    form: Form = "plain"
+    positive: Sequence[str] = ()
+    negative: Sequence[str] = ()
+    template: str = ControlWords.template
+    k: float = 0.0
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*self.positive, *self.negative)
+
+    def control_words(self) -> ControlWords:
+        """The words of both sides; UsageError where one side has none."""
+        return ControlWords(self.positive, self.negative, self.template)
+
+    def text(self, word: str, prompt: str | None) -> str:
+        return self.template.format(word=word, prompt=prompt) if prompt else word
+
+    def weights(self) -> WordWeights:
+        """How the two terms make the score."""
+        return {"sgp": sgp, "srp": srp}[self.form]() if self.form in ("sgp", "srp") else self._guided()
+
+    def _guided(self) -> WordWeights:
+        return (guided if self.form == "cfg" else upstream)(self.k)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to score pictures by.
+
+    Attributes:
+        rewards: names; none of them: the miniature's reward for pictures of the miniature, ``default`` for all others.
+        default: name of a reward.
+        wording: by the name of a reward, the texts; a preset has other words for the miniature.
+        weights: by the name of a reward, where its weights are.
+        preprocess: one of the rewards' preprocessings; None: each one's reference.
+        dtype: what rewards compute in.
+        batch_size: pictures judged at a time.
+    """
+
+    rewards: Sequence[str] = ()
+    default: str = "hpsv2.1"
+    wording: Callable[[str], Wording] = lambda _name: Wording()
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    preprocess: str | None = None
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward, and what to hold while it is called: other people's code is not called twice at a time."""
+
+    reward: Reward
+    turn: AbstractContextManager[Any]
+
+
+class Judges:
+    """The rewards of a request, each loaded when the first picture asks for it."""
+
+    def __init__(self, request: Request, announce: Announce | None) -> None:
+        self.request, self._announce = request, announce
+        self._loaded: dict[str, Judge] = {}
+
+    def named(self, name: str) -> Judge:
+        if name not in self._loaded:
+            request = self.request
+            reward = load_reward(name, request.weights.get(name), best_device(), request.dtype, self._announce)
+            reward = reward.via(request.preprocess)
+            self._loaded[name] = Judge(reward, nullcontext() if reward.thread_safe else Lock())
+        return self._loaded[name]
+
+    def of(self, picture: Decoded) -> list[str]:
+        """The names of the rewards that judge a picture."""
+        if self.request.rewards:
+            return list(self.request.rewards)
+        return [_MINIATURE if picture.metadata.get("model") == _MINIATURE else self.request.default]
+
+    def ask(self, batch: Sequence[Decoded]) -> dict[str, tuple[Judge, list[int]]]:
+        """By the name of a reward, the reward and the numbers of the pictures that it judges."""
+        asked: dict[str, list[int]] = {}
+        for number, picture in enumerate(batch):
+            for name in [] if picture.error else self.of(picture):
+                asked.setdefault(name, []).append(number)
+        return {name: (self.named(name), numbers) for name, numbers in asked.items()}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture ready to be judged: pixels (3, H, W), 8 bits each, or what is wrong with the file."""
+
+    source: Picture
+    pixels: Tensor | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    prompt: str | None = None
+    error: str | None = None
+
+    @property
+    def image(self) -> Tensor:
+        """(3, H, W) in [0, 1]."""
+        return V.to_dtype(self.pixels, torch.float32, scale=True)
+
+    def row(self) -> dict[str, Any]:
+        return {**self.source.row, "file": self.source.file, "prompt": self.prompt}
+
+
+def decode(source: Picture) -> Decoded | None:
+    """Open a picture; None for a sheet of pictures that this program made and nobody named."""
+    try:
+        image, metadata = open_with_metadata(Path(source.file))
+    except SrpoError as error:
+        return Decoded(source, prompt=source.prompt, error=str(error))
+    if source.found and is_sheet(metadata):
+        return None
+    prompt = source.prompt or prompt_of(Path(source.file), metadata)
+    return Decoded(source, V.pil_to_tensor(image), metadata, prompt)
+
+
+def decoded_batches(sources: Iterable[Picture], size: int, as_they_come: bool = False) -> Iterator[list[Decoded]]:
+    """Pictures in the order of ``sources``, ``size`` at a time, decoded in threads while the caller works.
+
+    ``as_they_come``: a batch that is not full is not kept waiting for a picture that is not ready. For rows that are
+    piped in slowly; batches then depend on time.
+    """
+    together = 1 if as_they_come else min(size, _TOGETHER)
+    queue: Queue[Future[list[Decoded]] | None] = Queue(maxsize=max(2, _BATCHES_AHEAD * size // together))
+    failed: list[BaseException] = []
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2))  # the other half judges
+
+    def feed() -> None:
+        try:
+            rest = iter(sources)
+            while chunk := list(islice(rest, together)):
+                queue.put(pool.submit(_decode_chunk, chunk))
+        except BaseException as error:  # raised where the pictures are taken
+            failed.append(error)
+        queue.put(None)
+
+    Thread(target=feed, daemon=True).start()  # a daemon: standard input may keep it waiting for ever
+    waiting: list[Decoded] = []
+    try:
+        while (future := queue.get()) is not None:
+            waiting += future.result()
+            while len(waiting) >= size or (waiting and as_they_come and queue.empty()):
+                yield waiting[:size]
+                del waiting[:size]
+        if waiting:
+            yield waiting
+        if failed:
+            raise failed[0]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _decode_chunk(sources: Sequence[Picture]) -> list[Decoded]:
+    return [decoded for decoded in map(decode, sources) if decoded is not None]
+
+
+def score(
+    sources: Iterable[Picture], request: Request, announce: Announce | None = None, as_they_come: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each picture and each of its rewards, in the order of ``sources``.
+
+    A row has ``file``, ``prompt``, ``reward``, ``score`` and, for a pair of words, ``positive``, ``negative`` and
+    ``gap``; then ``unit``, ``preprocess`` and ``weights``, which say what made the numbers. A picture that cannot be
+    judged has an ``error`` instead. Rows that were piped in keep their own keys.
+
+    ``announce`` is told about downloads before they start; None: nothing is downloaded.
+    """
+    quiet_libraries()
+    judges = Judges(request, announce)
+    waiting: deque[Future[list[dict[str, Any]]]] = deque()
+    threads = torch.get_num_threads()
+    scorers = min(_SCORERS, threads) if best_device().type == "cpu" else 1
+    # Half the cores each: a small model keeps one thread busier than it keeps two.
+    with ThreadPoolExecutor(scorers, initializer=torch.set_num_threads, initargs=(threads // scorers,)) as pool:
+        try:
+            for batch in decoded_batches(sources, request.batch_size, as_they_come):
+                asked = judges.ask(batch)
+                waiting.append(pool.submit(_rows, batch, asked, request.wording))
+                while len(waiting) > (0 if as_they_come else scorers):
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _rows(
+    batch: Sequence[Decoded], asked: Mapping[str, tuple[Judge, list[int]]], wording: Callable[[str], Wording]
+) -> list[dict[str, Any]]:
+    """The rows of a batch: picture by picture, and for each its rewards in the order they were asked for."""
+    rows: list[list[dict[str, Any]]] = [
+        [{**picture.row(), "error": picture.error}] if picture.error else [] for picture in batch
+    ]
+    for name, (judge, numbers) in asked.items():
+        with judge.turn:
+            judged = _judge(judge.reward, [batch[number] for number in numbers], wording(name))
+        for number, row in zip(numbers, judged, strict=True):
+            rows[number].append({**batch[number].row(), **row})
+    return list(chain.from_iterable(rows))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures that one reward judges, each (3, H, W) in [0, 1] with its prompt, empty where it has none."""
+
+    reward: Reward
+    images: list[Tensor]
+    prompts: list[str]
+
+
+def judged_together(
+    sources: Iterable[Picture], request: Request, limit: int, announce: Announce
+) -> tuple[list[Group], int]:
+    """The first ``limit`` pictures by the reward that judges them, and how many of them cannot be read.
+
+    SrpoError if none can. ``announce`` is told about downloads, pictures that cannot be read, and the limit.
+    """
+    quiet_libraries()
+    judges = Judges(request, announce)
+    sources = iter(sources)
+    pictures = list(chain.from_iterable(decoded_batches(islice(sources, limit), request.batch_size)))
+    if next(sources, None) is not None:
+        announce(f"looking at the first {limit} pictures")
+    unreadable = [picture for picture in pictures if picture.error]
+    for picture in unreadable:
+        announce(f"left out: {picture.error}")
+    readable = [picture for picture in pictures if not picture.error]
+    if not readable:
+        raise SrpoError("no picture can be read")
+    groups = []
+    for name in dict.fromkeys(name for picture in readable for name in judges.of(picture)):
+        own = [picture for picture in readable if name in judges.of(picture)]
+        prompts = [picture.prompt or "" for picture in own]
+        groups.append(Group(judges.named(name).reward, [picture.image for picture in own], prompts))
+    return groups, len(unreadable)
+
+
+@torch.no_grad()
+def _judge(reward: Reward, pictures: Sequence[Decoded], wording: Wording) -> list[dict[str, Any]]:
+    """What one reward says of each picture."""
+    made_by = {
+        "unit": reward.unit,
+        "preprocess": reward.preprocess.mode if reward.preprocess else None,
+        "weights": reward.weights,
+    }
+    plain = wording.form == "plain" or not reward.reads_text
+    mute = [not picture.prompt for picture in pictures] if plain and reward.reads_text else [False] * len(pictures)
+    able = [picture for picture, is_mute in zip(pictures, mute, strict=True) if not is_mute]
+    values = iter(_values(reward, able, wording, plain) if able else [])
+    rows = []
+    for is_mute in mute:
+        row: dict[str, Any] = {"reward": reward.name}
+        numbers = {} if is_mute else next(values)
+        if is_mute:
+            row["error"] = f"no prompt, and {reward.name} needs one: --prompt, --prompts, or a .txt beside the picture"
+        elif not all(map(math.isfinite, numbers.values())):
+            row["error"] = f"{reward.name} gave no finite number"
+        else:
+            row |= numbers
+        rows.append({**row, **made_by})
+    return rows
+
+
+def _values(reward: Reward, pictures: Sequence[Decoded], wording: Wording, plain: bool) -> list[dict[str, float]]:
+    """The numbers of each picture's row."""
+    images: Tensor | list[Tensor] = [picture.image.to(reward.device) for picture in pictures]
+    if len({image.shape for image in images}) == 1:
+        images = torch.stack(images)
+    if plain:
+        columns = {"score": reward(images, [picture.prompt or "" for picture in pictures])}
+    else:
+        texts = [[wording.text(word, picture.prompt) for picture in pictures] for word in wording.words]
+        terms = torch.stack([term.double() for term in reward.scores(images, *texts)])
+        positive = terms[: len(wording.positive)].mean(0)
+        if wording.form == "sgp":
+            columns = {"score": positive}
+        else:
+            negative = terms[len(wording.positive) :].mean(0)
+            total = relative_reward(positive, negative, wording.weights())
+            columns = {"score": total, "positive": positive, "negative": negative, "gap": positive - negative}
+    table = torch.stack([column.double() for column in columns.values()], 1).tolist()
+    return [dict(zip(columns, map(_rounded, values), strict=True)) for values in table]
+
+
+def _rounded(value: float) -> float:
+    """Seven significant digits: what float32 holds."""
+    return float(f"{value:.7g}")
+
+
+class Summary:
+    """Mean scores and, for pairs of words, gaps and win rates with 95 % intervals, for each reward and folder.
+
+    The bootstrap resamples prompts, because pictures of one prompt are not independent; where there are fewer than two
+    prompts it resamples pictures.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], list[tuple[str | None, float, float | None]]] = {}
+        self.failed = 0
+        self.made_by: dict[str, tuple[str, ...]] = {}
+        self._files: set[str] = set()
+
+    @property
+    def scored(self) -> int:
+        """Rows with a score."""
+        return sum(map(len, self._values.values()))
+
+    @property
+    def pictures(self) -> int:
+        """Pictures that rows were about."""
+        return len(self._files)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take one row of :func:`score` in."""
+        self._files.add(row["file"])
+        if row.get("error"):
+            self.failed += 1
+            return
+        self.made_by[row["reward"]] = (row["unit"], row["preprocess"], row["weights"])
+        group = row["reward"], str(Path(row["file"]).parent)
+        self._values.setdefault(group, []).append((row["prompt"], row["score"], row.get("gap")))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each reward and, where there are several folders, one for each of those before it."""
+        rewards = dict.fromkeys(reward for reward, _ in self._values)
+        rows = []
+        for reward in rewards:
+            folders = [folder for name, folder in self._values if name == reward]
+            if len(folders) > 1:
+                rows += [_summarise(reward, folder, self._values[reward, folder]) for folder in folders]
+            everything = [value for folder in folders for value in self._values[reward, folder]]
+            rows.append(_summarise(reward, "all" if len(folders) > 1 else folders[0], everything))
+        return rows
+
+
+def _summarise(reward: str, folder: str, values: Sequence[tuple[str | None, float, float | None]]) -> dict[str, Any]:
+    prompts = [prompt for prompt, _, _ in values]
+    by_prompt = None not in prompts and len(set(prompts)) > 1
+    units = prompts if by_prompt else list(range(len(values)))
+    row: dict[str, Any] = {"reward": reward, "folder": folder, "pictures": len(values)}
+    row["resampled"] = f"{len(set(units))} {'prompts' if by_prompt else 'pictures'}"
+    scores, gaps = [score for _, score, _ in values], [gap for _, _, gap in values]
+    if scores != gaps:
+        row["score"] = _clustered(scores, units)
+    if gaps[0] is not None:
+        row["gap"] = _clustered(gaps, units)
+        row["gap_x100"] = Interval(*(100 * value for value in row["gap"]))
+        row["win_rate"] = _clustered([1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps], units)
+    return row
+
+
+def _clustered(values: Sequence[float], units: Sequence[Any]) -> Interval:
+    """Bootstrap interval of the mean, whole units resampled."""
+    index = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    place = torch.tensor([index[unit] for unit in units])
+    sums = torch.zeros(len(index), dtype=torch.float64).index_add_(0, place, torch.tensor(values, dtype=torch.float64))
+    counts = torch.bincount(place).double()
+    return bootstrap(lambda chosen: sums[chosen].sum(1) / counts[chosen].sum(1), len(index))
