@@ -42,7 +42,7 @@ def _row(check: Check, otherwise: str) -> dict[str, str]:
 
 def _check_weights(preset: str | None, miniature: bool) -> list[Check]:
     """The weights of the preset as it would run here, without one those of the miniature."""
-    from srpo_cli.runtime.doctor import check_path, check_weights
+    from srpo_cli.runtime.doctor import check_path, check_plugin, check_weights
 
     if preset is None:
         return [check_weights("model", "miniature"), check_weights("reward", "miniature")]
@@ -51,5 +51,6 @@ def _check_weights(preset: str | None, miniature: bool) -> list[Check]:
     if config.model.weights:  # they go into the named model
         checks.append(check_path("tuned weights", config.model.weights))
     if config.reward.weights:  # they take the place of the named reward's own
-        return [*checks, check_path("reward weights", config.reward.weights)]
+        plugin = check_plugin(config.reward.name)
+        return [*checks, *([plugin] if plugin else []), check_path("reward weights", config.reward.weights)]
     return [*checks, check_weights("reward", config.reward.name)]

@@ -18,8 +18,10 @@ from srpo_cli.cli.options import (
     OptionalPresetOption,
     OverridesOption,
     SeedOption,
+    TrustOption,
 )
 from srpo_cli.cli.output import note
+from srpo_cli.cli.plugins import admit_plugin, check_plugin
 from srpo_cli.config.load import Resolved, dump_yaml, load_train_config
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.registry import check_parts
@@ -61,6 +63,7 @@ def train(
     seed: SeedOption = None,
     steps: StepsOption = None,
     resume: ResumeOption = None,
+    trust: TrustOption = False,
     dry_run: DryRunOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -70,21 +73,24 @@ def train(
 
     Ctrl-C finishes the step, saves, and prints how to go on.
     """
+    say = note if _leads() else _say_nothing
+    agreed = trust or dry_run  # which runs nothing
     with _told_once():
         if resume:
             _refuse_beside_resume(preset=preset, set=overrides, model=model, reward=reward, output=output, seed=seed)
-            output, resolved = resume, _load_run(resume, steps)
+            output, resolved = resume, _load_run(resume, steps, agreed)
         elif preset is None:
             raise UsageError("srpo train needs --preset NAME|FILE or --resume RUN: see `srpo presets list`")
         else:
             flags = {"model.name": model, "reward.name": reward, "train.seed": seed, "train.steps": steps}
-            resolved = _resolve(preset, overrides or [], flags)
+            resolved = _resolve(preset, overrides or [], flags, agreed)
             name = Path(preset).stem.replace(":", "-")
             output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        if not dry_run:
+            admit_plugin(resolved.config.reward.name, trust, say)
     if dry_run:
         typer.echo(dump_yaml(resolved), nl=False)
         return
-    say = note if _leads() else _say_nothing
     if resolved.config.model.name == "miniature" and not resume:
         say("model: the built-in miniature, which knows only its own rendered world; its figures are not FLUX's")
     say(f"run: {output}")
@@ -123,16 +129,16 @@ def _told_once() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from error
 
 
-def _resolve(preset: str, overrides: list[str], flags: dict[str, Any]) -> Resolved:
+def _resolve(preset: str, overrides: list[str], flags: dict[str, Any], agreed: bool) -> Resolved:
     """The configuration, in its miniature form where that is asked for or where no accelerator is present.
 
     Both forms are checked first, so that a mistake is refused before torch is imported to look for a device.
+    ``agreed``: a reward that is a Python file may run.
     """
 
     def load(miniature: bool) -> Resolved:
         resolved = load_train_config(preset, overrides=overrides, flags=flags, miniature=miniature)
-        check_parts(resolved.config.model.name, resolved.config.reward.name, resolved.config.algorithm.name)
-        return resolved
+        return _checked(resolved, agreed)
 
     if flags["model.name"] is not None:
         return load(flags["model.name"] == "miniature")
@@ -161,19 +167,26 @@ def _resolve(preset: str, overrides: list[str], flags: dict[str, Any]) -> Resolv
     return chosen
 
 
+def _checked(resolved: Resolved, agreed: bool) -> Resolved:
+    """The configuration itself; UsageError where it names a part that is unknown, or one that may not run."""
+    config = resolved.config
+    check_parts(config.model.name, config.reward.name, config.algorithm.name)
+    check_plugin(config.reward.name, agreed)
+    return resolved
+
+
 def _resolved(form: Resolved | UsageError) -> Resolved:
     if isinstance(form, UsageError):
         raise form
     return form
 
 
-def _load_run(folder: Path, steps: int | None) -> Resolved:
+def _load_run(folder: Path, steps: int | None, agreed: bool) -> Resolved:
     """The configuration that a run folder was made with, its length apart; every value keeps its first origin."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UsageError(f"{folder} holds no run (no config.yaml): name the folder that `srpo train` made")
-    resolved = load_train_config(path, flags={"train.steps": steps})
-    check_parts(resolved.config.model.name, resolved.config.reward.name, resolved.config.algorithm.name)
+    resolved = _checked(load_train_config(path, flags={"train.steps": steps}), agreed)
     noted = _noted_origins(path.read_text(encoding="utf-8"))
     if steps is not None:
         noted["train.steps"] = resolved.origins["train.steps"]

@@ -211,7 +211,11 @@ class Run:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
-        for name, what in (("prompts", "the prompts or pictures"), ("frozen", "the files of the model or the reward")):
+        for name, what in (
+            ("prompts", "the prompts or pictures"),
+            ("reward", "the weights or the code of the reward"),
+            ("frozen", "the files of the model or the reward"),
+        ):
             if state.get(name) != self.data[name]:
                 raise UsageError(f"{what} have changed since {checkpoint.path} was written: start a new run")
         checkpoint.load_optimizer(self.optimizer)
@@ -223,7 +227,8 @@ class Run:
         """Digests of what the configuration only names, and what a run may not lose under way."""
         text = json.dumps([self.prompts.train, self.pictures.digest() if self.pictures else ""])
         prompts = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return {"prompts": prompts, "frozen": fingerprint(frozen_parameters(self.parts))}
+        frozen = fingerprint(frozen_parameters(self.parts))
+        return {"prompts": prompts, "reward": self.parts.reward.weights, "frozen": frozen}
 
     def _state(self) -> dict[str, Any]:
         """Where the run stands, but for weights and optimizer."""

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from srpo_cli.errors import UsageError
 from srpo_cli.miniature import WEIGHTS
-from srpo_cli.registry import HUB_FILES, REWARD_FILES, HubFiles, WebFile
+from srpo_cli.registry import HUB_FILES, REWARD_FILES, REWARDS, HubFiles, PluginFile, WebFile
+from srpo_cli.trust import check_trusted
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "huggingface_hub", "open_clip_torch")
 _GIB = 2**30
@@ -102,6 +104,25 @@ def check_path(subject: str, path: Path) -> Check:
     return Check(subject, ok=False, found=f"nothing at {path}", remedy=remedy)
 
 
+def check_plugin(name: str) -> Check | None:
+    """Whether a reward that is somebody else's code may run; None for a built-in one. Runs nothing of it."""
+    plugin = REWARDS.plugin(name)
+    subject = f"reward {name}"
+    if plugin is None:
+        return None
+    if not isinstance(plugin, PluginFile):
+        return Check(subject, ok=True, found=f"a plug-in of {plugin.package}")
+    if not plugin.path.is_file():
+        remedy = f"put the plug-in there, or name it from {Path.cwd()}"
+        return Check(subject, ok=False, found=f"no file {plugin.path}", remedy=remedy)
+    try:
+        digest = check_trusted(plugin.path)
+    except UsageError:
+        remedy = "read it, then add --trust to the command that is to run it"
+        return Check(subject, ok=False, found="a plug-in that you have not trusted as it is now", remedy=remedy)
+    return Check(subject, ok=True, found=f"a plug-in that you trust, sha256 {digest[:12]}")
+
+
 def check_weights(kind: str, name: str) -> Check:
     """Whether the weights of a named "model" or "reward" (``kind``) are on this machine.
 
@@ -110,12 +131,15 @@ def check_weights(kind: str, name: str) -> Check:
     subject = f"{kind} {name}"
     if name == "miniature":
         return check_path(subject, WEIGHTS)
+    if kind == "reward" and (plugin := check_plugin(name)):  # it looks after its own
+        return plugin
     if kind == "reward" and name.startswith("clip:"):  # it has none of its own
         return Check(subject, ok=False, found="reward.weights is not set", remedy="--set reward.weights=FILE")
-    if Path(name).exists():  # a model's folder, a plug-in's file
+    if kind == "model" and Path(name).exists():
         return check_path(subject, Path(name))
     if kind == "reward":
-        sources = REWARD_FILES.get(name, ())  # a plug-in that is installed looks after its own
+        REWARDS.find(name)  # refuses a name that nobody knows
+        sources = REWARD_FILES.get(name, ())
     else:
         sources = (HUB_FILES.get(name) or HubFiles(name, ("model_index.json",)),)
     for source in sources:
@@ -127,7 +151,7 @@ def check_weights(kind: str, name: str) -> Check:
                 subject, ok=False, found=found, remedy=f"{command}  # {source.note}" if source.note else command
             )
     where = ", ".join(source.origin for source in sources)
-    return Check(subject, ok=True, found=f"{where} in the cache" if where else "a plug-in")
+    return Check(subject, ok=True, found=f"{where} in the cache" if where else "built in")
 
 
 def _check_package(name: str) -> Check:

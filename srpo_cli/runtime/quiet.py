@@ -20,6 +20,7 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()  # it tells of every retry
     logging.getLogger().setLevel(logging.ERROR)  # open_clip and torch.distributed log to the root
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -79,7 +79,7 @@ def test_the_miniature_may_also_be_named_by_set(srpo):
             "--preset realism --model nope",
             "Available: flux.1-dev, miniature, a folder, or OWNER/NAME of the Hugging Face Hub.",
         ),
-        ("--preset realism --reward nope", "Available: hpsv2.1, miniature, clip:ARCHITECTURE."),
+        ("--preset realism --reward nope", ", FILE.py."),
         ("--preset realism --reward hpsv2", "Unknown reward 'hpsv2'. Did you mean 'hpsv2.1'?"),
         ("--preset realism --set algorithm.window=[0.9,0.3]", "sigma_low < sigma_high"),
         ("--preset realism --set algorithm.window=[0,0.3]", "sigma_low < sigma_high"),
@@ -123,7 +123,19 @@ def test_help_shows_every_option_and_examples_that_are_not_broken(columns, srpo,
     lines = [line.strip() for line in outcome.stdout.splitlines()]
     for example in EXAMPLES.split("\n\n"):
         assert example in lines
-    for option in ("preset", "set", "model", "reward", "output", "seed", "steps", "resume", "dry-run", "quiet"):
+    for option in (
+        "preset",
+        "set",
+        "model",
+        "reward",
+        "output",
+        "seed",
+        "steps",
+        "resume",
+        "trust",
+        "dry-run",
+        "quiet",
+    ):
         assert f"--{option} " in outcome.stdout
     assert all(len(line) <= columns for line in outcome.stdout.splitlines())
 

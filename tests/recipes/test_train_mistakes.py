@@ -77,7 +77,7 @@ def test_an_unknown_model_or_reward(option, message, tmp_path, tiny, one_line):
 
 
 def test_missing_weights_come_with_the_command_that_fetches_them(tmp_path, tiny, one_line, monkeypatch):
-    monkeypatch.setattr("srpo_cli.rewards.hps.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("srpo_cli.rewards.weights.try_to_load_from_cache", lambda *_: None)
     assert "hf download xswu/HPSv2" in one_line(4, *tiny(tmp_path / "run", "--reward", "hpsv2.1"))
     assert not (tmp_path / "run").exists()
 
@@ -305,7 +305,7 @@ def test_a_picture_that_cannot_be_read_ends_the_run_after_what_was_learnt(tmp_pa
     source = ["--set", "rollout.source=pictures", "--set", f"rollout.pictures={tmp_path / 'list.jsonl'}"]
     outcome = srpo(*tiny(tmp_path / "run", *source, "--set", "checkpoint.every=0"))
     assert outcome.exit_code == 2
-    assert "cannot read the picture" in outcome.stderr.splitlines()[-1]
+    assert "5.png is not a picture" in outcome.stderr.splitlines()[-1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
 
 
