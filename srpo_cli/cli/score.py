@@ -250,7 +250,7 @@ class _Wording:
         if row_format is RowFormat.TABLE:
             numbers = terms if self.form == "srp" else ("score", *terms)
             return {**dict.fromkeys(numbers, _WIDTH), "reward": None, "file": None}
-        columns = ("file", "prompt", "reward", "score", *terms, "unit", "preprocess", "weights", "error")
+        columns = ("file", "prompt", "reward", "score", *terms, "unit", "preprocess", "reward_weights", "error")
         return dict.fromkeys(columns)
 
     def for_reward(self, name: str) -> Wording:

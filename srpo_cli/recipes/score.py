@@ -211,8 +211,8 @@ def score(
     """Yield a row for each picture and each of its rewards, in the order of ``sources``.
 
     A row has ``file``, ``prompt``, ``reward``, ``score`` and, for a pair of words, ``positive``, ``negative`` and
-    ``gap``; then ``unit``, ``preprocess`` and ``weights``, which say what made the numbers. A picture that cannot be
-    judged has an ``error`` instead. Rows that were piped in keep their own keys.
+    ``gap``; then ``unit``, ``preprocess`` and ``reward_weights``, which say what made the numbers. A picture that
+    cannot be judged has an ``error`` instead. Rows that were piped in keep their own keys.
 
     ``announce`` is told about downloads before they start; None: nothing is downloaded.
     """
@@ -292,7 +292,7 @@ def _judge(reward: Reward, pictures: Sequence[Decoded], wording: Wording) -> lis
     made_by = {
         "unit": reward.unit,
         "preprocess": reward.preprocess.mode if reward.preprocess else None,
-        "weights": reward.weights,
+        "reward_weights": reward.weights,
     }
     plain = wording.form == "plain" or not reward.reads_text
     mute = [not picture.prompt for picture in pictures] if plain and reward.reads_text else [False] * len(pictures)
@@ -367,7 +367,7 @@ class Summary:
         if row.get("error"):
             self.failed += 1
             return
-        self.made_by[row["reward"]] = (row["unit"], row["preprocess"], row["weights"])
+        self.made_by[row["reward"]] = (row["unit"], row["preprocess"], row["reward_weights"])
         group = row["reward"], str(Path(row["file"]).parent)
         self._values.setdefault(group, []).append((row["prompt"], row["score"], row.get("gap")))
 

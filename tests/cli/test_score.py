@@ -53,7 +53,7 @@ def test_formats_hold_the_same_rows(srpo, tmp_path):
     assert len(jsonl) == len(table) == 3
     for row, cells in zip(jsonl, table, strict=True):
         assert cells["file"] == row["file"] and cells["prompt"] == row["prompt"] and cells["error"] == ""
-        assert float(cells["gap"]) == row["gap"] and cells["weights"] == row["weights"]
+        assert float(cells["gap"]) == row["gap"] and cells["reward_weights"] == row["reward_weights"]
 
 
 def test_a_file_is_written_in_the_format_of_its_ending_and_the_summary_is_shown(srpo, tmp_path):

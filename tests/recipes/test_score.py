@@ -62,7 +62,7 @@ def test_a_plain_score_is_the_reward_of_the_file(folder, reward):
     for row in rows:
         torch.testing.assert_close(row["score"], reward(pixels(row), [row["prompt"]]).item(), rtol=1e-5, atol=1e-6)
         assert row["reward"] == "miniature" and row["unit"] == "cosine" and row["preprocess"] == "crop"
-        assert row["weights"] == reward.weights and "sha256:" in row["weights"]
+        assert row["reward_weights"] == reward.weights and "sha256:" in row["reward_weights"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_interval_resamples_prompts_and_not_their_pictures():
         for i in range(copies):
             for prompt, score in (("a", 0.0), ("b", 1.0)):
                 row = {"file": f"{i}.png", "prompt": prompt, "reward": "r", "score": score}
-                summary.add({**row, "unit": "", "preprocess": None, "weights": ""})
+                summary.add({**row, "unit": "", "preprocess": None, "reward_weights": ""})
     assert few.rows()[0]["score"] == many.rows()[0]["score"]
     assert few.rows()[0]["score"].mean == 0.5 and few.rows()[0]["score"].low == 0
 
