@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +14,8 @@ from queue import Queue
 from threading import Lock, Thread
 from typing import Any, Literal
 
+import numpy as np
 import torch
-import torchvision.transforms.v2.functional as V
 from torch import Tensor
 
 from srpo_cli.algorithms.srpo import ControlWords
@@ -34,9 +33,7 @@ Form = Literal["plain", "sgp", "srp", "cfg", "upstream"]
 Announce = Callable[[str], None]
 
 _MINIATURE = "miniature"
-_SCORERS = 2  # threads that judge batches on a CPU
-_BATCHES_AHEAD = 2  # decoded before they are scored: enough to overlap, little memory
-_TOGETHER = 8  # pictures decoded by one task: small pictures take less time than waking a thread
+_WORKERS = 4  # threads that decode and judge, a batch each
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Judge:
-    """A reward, and what to hold while it is called: other people's code is not called twice at a time."""
+    """A reward by the name it was asked for, and what to hold while it is called."""
 
+    name: str
     reward: Reward
     turn: AbstractContextManager[Any]
 
@@ -110,14 +108,22 @@ class Judges:
     def __init__(self, request: Request, announce: Announce | None) -> None:
         self.request, self._announce = request, announce
         self._loaded: dict[str, Judge] = {}
+        self._loading = Lock()
+        self._one_thread = torch.get_num_threads() == 1  # asked here: a worker has its own number
 
     def named(self, name: str) -> Judge:
-        if name not in self._loaded:
-            request = self.request
-            reward = load_reward(name, request.weights.get(name), best_device(), request.dtype, self._announce)
-            reward = reward.via(request.preprocess)
-            self._loaded[name] = Judge(reward, nullcontext() if reward.thread_safe else Lock())
-        return self._loaded[name]
+        with self._loading:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name)
+            return self._loaded[name]
+
+    def _load(self, name: str) -> Judge:
+        request = self.request
+        reward = load_reward(name, request.weights.get(name), best_device(), request.dtype, self._announce)
+        # Other people's code is not called twice at a time, an accelerator holds one batch at a time, and whoever gave
+        # torch one thread gets one that computes.
+        alone = not reward.thread_safe or reward.device.type != "cpu" or self._one_thread
+        return Judge(name, reward.via(request.preprocess), Lock() if alone else nullcontext())
 
     def of(self, picture: Decoded) -> list[str]:
         """The names of the rewards that judge a picture."""
@@ -125,18 +131,18 @@ class Judges:
             return list(self.request.rewards)
         return [_MINIATURE if picture.metadata.get("model") == _MINIATURE else self.request.default]
 
-    def ask(self, batch: Sequence[Decoded]) -> dict[str, tuple[Judge, list[int]]]:
-        """By the name of a reward, the reward and the numbers of the pictures that it judges."""
+    def ask(self, batch: Sequence[Decoded]) -> list[tuple[Judge, list[int]]]:
+        """Each reward with the numbers of the pictures that it judges."""
         asked: dict[str, list[int]] = {}
         for number, picture in enumerate(batch):
             for name in [] if picture.error else self.of(picture):
                 asked.setdefault(name, []).append(number)
-        return {name: (self.named(name), numbers) for name, numbers in asked.items()}
+        return [(self.named(name), numbers) for name, numbers in asked.items()]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture ready to be judged: pixels (3, H, W), 8 bits each, or what is wrong with the file."""
+    """A picture ready to be judged: pixels (H, W, 3), 8 bits each, or what is wrong with the file."""
 
     source: Picture
     pixels: Tensor | None = None
@@ -144,65 +150,65 @@ class Decoded:
     prompt: str | None = None
     error: str | None = None
 
-    @property
-    def image(self) -> Tensor:
-        """(3, H, W) in [0, 1]."""
-        return V.to_dtype(self.pixels, torch.float32, scale=True)
-
     def row(self) -> dict[str, Any]:
         return {**self.source.row, "file": self.source.file, "prompt": self.prompt}
 
 
+def to_images(pixels: Tensor) -> Tensor:
+    """Pixels (..., H, W, 3) of 8 bits to images (..., 3, H, W) in [0, 1]."""
+    return pixels.movedim(-1, -3).contiguous().float() / 255
+
+
 def decode(source: Picture) -> Decoded | None:
     """Open a picture; None for a sheet of pictures that this program made and nobody named."""
+    path = Path(source.file)
     try:
-        image, metadata = open_with_metadata(Path(source.file))
+        image, metadata = open_with_metadata(path)
     except SrpoError as error:
         return Decoded(source, prompt=source.prompt, error=str(error))
     if source.found and is_sheet(metadata):
         return None
-    prompt = source.prompt or prompt_of(Path(source.file), metadata)
-    return Decoded(source, V.pil_to_tensor(image), metadata, prompt)
+    prompt = source.prompt or prompt_of(path, metadata)
+    return Decoded(source, torch.from_numpy(np.array(image)), metadata, prompt)
 
 
-def decoded_batches(sources: Iterable[Picture], size: int, as_they_come: bool = False) -> Iterator[list[Decoded]]:
-    """Pictures in the order of ``sources``, ``size`` at a time, decoded in threads while the caller works.
+def decode_all(sources: Iterable[Picture]) -> list[Decoded]:
+    """The pictures, those that cannot be read with their error, sheets left out."""
+    return [decoded for decoded in map(decode, sources) if decoded is not None]
 
-    ``as_they_come``: a batch that is not full is not kept waiting for a picture that is not ready. For rows that are
-    piped in slowly; batches then depend on time.
+
+def chunks_of(sources: Iterable[Picture], size: int, as_they_come: bool = False) -> Iterator[list[Picture]]:
+    """Pictures in their order, ``size`` at a time.
+
+    ``as_they_come``: what is there is given at once, ``size`` at most. For rows that are piped in slowly; chunks then
+    depend on time.
     """
-    together = 1 if as_they_come else min(size, _TOGETHER)
-    queue: Queue[Future[list[Decoded]] | None] = Queue(maxsize=max(2, _BATCHES_AHEAD * size // together))
-    failed: list[BaseException] = []
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2))  # the other half judges
+    if not as_they_come:
+        rest = iter(sources)
+        while chunk := list(islice(rest, size)):
+            yield chunk
+        return
+    queue: Queue[Picture | BaseException | None] = Queue(maxsize=2 * size)
 
     def feed() -> None:
         try:
-            rest = iter(sources)
-            while chunk := list(islice(rest, together)):
-                queue.put(pool.submit(_decode_chunk, chunk))
+            for source in sources:
+                queue.put(source)
+            queue.put(None)
         except BaseException as error:  # raised where the pictures are taken
-            failed.append(error)
-        queue.put(None)
+            queue.put(error)
 
     Thread(target=feed, daemon=True).start()  # a daemon: standard input may keep it waiting for ever
-    waiting: list[Decoded] = []
-    try:
-        while (future := queue.get()) is not None:
-            waiting += future.result()
-            while len(waiting) >= size or (waiting and as_they_come and queue.empty()):
-                yield waiting[:size]
-                del waiting[:size]
-        if waiting:
-            yield waiting
-        if failed:
-            raise failed[0]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _decode_chunk(sources: Sequence[Picture]) -> list[Decoded]:
-    return [decoded for decoded in map(decode, sources) if decoded is not None]
+    chunk: list[Picture] = []
+    while isinstance(item := queue.get(), Picture):
+        chunk.append(item)
+        if len(chunk) == size or queue.empty():
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+    if item is not None:
+        raise item
 
 
 def score(
@@ -218,33 +224,32 @@ def score(
     """
     quiet_libraries()
     judges = Judges(request, announce)
-    waiting: deque[Future[list[dict[str, Any]]]] = deque()
     threads = torch.get_num_threads()
-    scorers = min(_SCORERS, threads) if best_device().type == "cpu" else 1
-    # Half the cores each: a small model keeps one thread busier than it keeps two.
-    with ThreadPoolExecutor(scorers, initializer=torch.set_num_threads, initargs=(threads // scorers,)) as pool:
-        try:
-            for batch in decoded_batches(sources, request.batch_size, as_they_come):
-                asked = judges.ask(batch)
-                waiting.append(pool.submit(_rows, batch, asked, request.wording))
-                while len(waiting) > (0 if as_they_come else scorers):
-                    yield from waiting.popleft().result()
-            while waiting:
+    workers = min(_WORKERS, max(2, threads))
+    waiting: deque[Future[list[dict[str, Any]]]] = deque()
+    # The cores are shared out: a small model keeps one thread busier than it keeps two, and while one worker decodes
+    # the others judge.
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
+    try:
+        for chunk in chunks_of(sources, request.batch_size, as_they_come):
+            waiting.append(pool.submit(_rows, chunk, judges))
+            while len(waiting) > (0 if as_they_come else workers):
                 yield from waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _rows(
-    batch: Sequence[Decoded], asked: Mapping[str, tuple[Judge, list[int]]], wording: Callable[[str], Wording]
-) -> list[dict[str, Any]]:
-    """The rows of a batch: picture by picture, and for each its rewards in the order they were asked for."""
+def _rows(sources: Sequence[Picture], judges: Judges) -> list[dict[str, Any]]:
+    """The rows of some pictures: picture by picture, and for each its rewards in the order they were asked for."""
+    batch = decode_all(sources)
     rows: list[list[dict[str, Any]]] = [
         [{**picture.row(), "error": picture.error}] if picture.error else [] for picture in batch
     ]
-    for name, (judge, numbers) in asked.items():
+    for judge, numbers in judges.ask(batch):
         with judge.turn:
-            judged = _judge(judge.reward, [batch[number] for number in numbers], wording(name))
+            judged = _judge(judge.reward, [batch[number] for number in numbers], judges.request.wording(judge.name))
         for number, row in zip(numbers, judged, strict=True):
             rows[number].append({**batch[number].row(), **row})
     return list(chain.from_iterable(rows))
@@ -269,7 +274,7 @@ def judged_together(
     quiet_libraries()
     judges = Judges(request, announce)
     sources = iter(sources)
-    pictures = list(chain.from_iterable(decoded_batches(islice(sources, limit), request.batch_size)))
+    pictures = decode_all(islice(sources, limit))
     if next(sources, None) is not None:
         announce(f"looking at the first {limit} pictures")
     unreadable = [picture for picture in pictures if picture.error]
@@ -282,7 +287,7 @@ def judged_together(
     for name in dict.fromkeys(name for picture in readable for name in judges.of(picture)):
         own = [picture for picture in readable if name in judges.of(picture)]
         prompts = [picture.prompt or "" for picture in own]
-        groups.append(Group(judges.named(name).reward, [picture.image for picture in own], prompts))
+        groups.append(Group(judges.named(name).reward, [to_images(picture.pixels) for picture in own], prompts))
     return groups, len(unreadable)
 
 
@@ -314,9 +319,11 @@ def _judge(reward: Reward, pictures: Sequence[Decoded], wording: Wording) -> lis
 
 def _values(reward: Reward, pictures: Sequence[Decoded], wording: Wording, plain: bool) -> list[dict[str, float]]:
     """The numbers of each picture's row."""
-    images: Tensor | list[Tensor] = [picture.image.to(reward.device) for picture in pictures]
-    if len({image.shape for image in images}) == 1:
-        images = torch.stack(images)
+    pixels = [picture.pixels for picture in pictures]
+    if len({image.shape for image in pixels}) == 1:
+        images = to_images(torch.stack(pixels).to(reward.device))
+    else:
+        images = [to_images(image.to(reward.device)) for image in pixels]
     if plain:
         columns = {"score": reward(images, [picture.prompt or "" for picture in pictures])}
     else:
