@@ -21,7 +21,9 @@ def test_it_opens_with_two_commands_and_ci_runs_both():
     assert test in lines
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "score", "recover", "presets list", "presets show", "presets copy", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "sample", "score", "recover", "presets list", "presets show", "presets copy", "doctor"]
+)
 def test_it_shows_every_command(command):
     assert f"srpo {command}" in README
 
