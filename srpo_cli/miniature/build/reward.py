@@ -37,8 +37,8 @@ def new_clip(tokenizer: SimpleTokenizer) -> open_clip.CLIP:
 def preprocess(images: Tensor) -> Tensor:
     """Resize (B, 3, 48, 48) in [0, 1] to the reward's input and normalise.
 
-    As ``srpo_cli.rewards.clip.preprocess``, and clamped besides: what a resized picture file would hold. A reward that
-    is trained against does not clamp, because the overshoot of a resize would then have no gradient.
+    As :class:`srpo_cli.rewards.preprocess.Preprocess`, and clamped besides: what a resized picture file would hold. A
+    reward that is trained against does not clamp, because the overshoot of a resize would then have no gradient.
     """
     images = F.interpolate(images, size=IMAGE_SIZE, mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
