@@ -175,6 +175,8 @@ def _score(
             writer.write(row)
             summary.add(row)
             progress.update(summary.pictures)
+    if not summary.pictures:
+        raise UsageError("nothing to score: standard input held no row, or the folder nothing but sheets of pictures")
     _sum_up(summary, sys.stderr if written is not RowFormat.TABLE and output is None else sys.stdout)
     if summary.failed:
         note(f"{summary.failed} of {summary.failed + summary.scored} rows have an error instead of a score")

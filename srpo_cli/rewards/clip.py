@@ -25,7 +25,7 @@ from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
 from srpo_cli.registry import HubFiles
 from srpo_cli.rewards.base import Reward
 from srpo_cli.rewards.preprocess import Images, Mode, Preprocess
-from srpo_cli.rewards.weights import Announce, Weights, find_weights, read_state, sha256
+from srpo_cli.rewards.weights import Announce, Weights, download_failure, find_weights, read_state, sha256
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -342,7 +342,7 @@ def _hub_folder(name: str, repo: str, files: tuple[str, ...], announce: Announce
     try:
         return Path(snapshot_download(repo, allow_patterns=list(_SMALL_FILES)))
     except (HfHubHTTPError, OSError) as error:
-        raise MissingError(f"{missing} (the download failed: {one_line(error)[:80]})") from error
+        raise MissingError(f"{missing} (the download failed: {download_failure(error)})") from error
 
 
 def _tokenizer(name: str, architecture: str, text: dict[str, Any]) -> Tokenizer:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -82,9 +82,10 @@ def read_state(weights: Path) -> dict[str, Tensor]:
             return load_file(weights)
         state = torch.load(weights, map_location="cpu", weights_only=True)
         return state.get("state_dict", state)
+    except pickle.UnpicklingError as error:  # torch's own message advises to run the file's code
+        raise SrpoError(f"Cannot read reward weights {weights}: no checkpoint of plain tensors") from error
     except (
         SafetensorError,
-        pickle.UnpicklingError,
         RuntimeError,
         OSError,
         EOFError,
@@ -129,7 +130,14 @@ def _fetch(name: str, source: HubFiles | WebFile, file: str, announce: Announce 
         download_url_to_file(source.url, str(source.place), hash_prefix=source.sha256 or None, progress=False)
         return source.place
     except (HfHubHTTPError, OSError, RuntimeError) as error:  # RuntimeError: the digest of the download is another
-        raise MissingError(f"{missing} (the download failed: {one_line(error)[:80]})") from error
+        raise MissingError(f"{missing} (the download failed: {download_failure(error)})") from error
+
+
+def download_failure(error: Exception) -> str:
+    """Why a download failed, in a few words."""
+    if isinstance(error, LocalEntryNotFoundError):  # its own text is a paragraph of advice
+        return "the Hub cannot be reached"
+    return one_line(error)[:120]
 
 
 def _revision(file: Path) -> str:

@@ -103,6 +103,12 @@ def test_rows_on_standard_input_are_scored_and_keep_their_keys(srpo, monkeypatch
     assert (first["seed"], first["prompt"]) == (7, PROMPTS[2]) and second["prompt"] == "a blue cone"
 
 
+def test_an_empty_standard_input_is_told(srpo, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    outcome = srpo("score", "-")
+    assert outcome.exit_code == 2 and "held no row" in outcome.stderr
+
+
 def test_an_unreadable_picture_is_a_row_and_exit_code_3(srpo, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "b.png").write_bytes(Path("images/0.png").read_bytes())

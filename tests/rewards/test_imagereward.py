@@ -411,6 +411,7 @@ def test_at_full_size_the_score_is_the_written_out_formulas(tmp_path: Path) -> N
         expected = [written_out(state, pixels, word_tokens(prompt), VISION, TEXT) for prompt in (SHORT, LONG)]
     file.unlink()
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+    assert abs(expected[0] - expected[1]) > 1e-3
 
 
 def test_the_published_scores_of_the_real_weights() -> None:
