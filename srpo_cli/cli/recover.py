@@ -244,7 +244,9 @@ def _fractions(flag: str, given: list[Any]) -> list[float]:
         except ValueError as error:
             raise UsageError(f"{flag} {item}: not a number; give it as in {flag} 0.9,0.95") from error
         if not (0 < number < 1 or (number == 1 and flag == "--sigmas")):
-            raise UsageError(f"{flag} {item}: must lie between 0 and 1")
+            raise UsageError(
+                f"{flag} {item}: must lie between 0 and 1, {'1 included' if flag == '--sigmas' else 'neither included'}"
+            )
         numbers.append(number)
     return list(dict.fromkeys(numbers))
 

@@ -58,10 +58,11 @@ def calibrate_words(
     from srpo_cli.runtime.folder import disk_errors
 
     groups, unreadable = judged_together(sources, request, CALIBRATED, note)
+    writer = None
     for group in groups:
         words = request.wording(group.reward.name).control_words()
         calibration = calibrate(group.reward, group.images, group.prompts, words)
-        _print_calibration(calibration, row_format, file)
+        writer = _print_calibration(calibration, row_format, file, writer)
         place = picture if len(groups) == 1 else picture.with_stem(f"{picture.stem}-{_plain(group.reward.name)}")
         with disk_errors(place):
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,10 @@ def _print_checks(checks: Sequence[Check], file: TextIO | None) -> None:
     print_rows(table, OutputFormat.TABLE, file=file)
 
 
-def _print_calibration(calibration: Calibration, row_format: RowFormat, file: TextIO | None) -> None:
+def _print_calibration(
+    calibration: Calibration, row_format: RowFormat, file: TextIO | None, writer: RowWriter | None
+) -> RowWriter | None:
+    """Print one reward's calibration; rows go to ``writer``, or to a new one, which is returned."""
     if row_format is RowFormat.TABLE:
         words = [
             {**row, "interval": f"[{row['shift_low']:+.4f}, {row['shift_high']:+.4f}]"} for row in calibration.words
@@ -91,11 +95,12 @@ def _print_calibration(calibration: Calibration, row_format: RowFormat, file: Te
     else:
         tables = {"word": calibration.words, "pair": calibration.pairs, "redundancy": calibration.redundancy}
         rows = [{"table": name, "reward": calibration.reward, **row} for name, rows in tables.items() for row in rows]
-        writer = RowWriter(dict.fromkeys(key for row in rows for key in row), row_format, file)
+        writer = writer or RowWriter(dict.fromkeys(key for row in rows for key in row), row_format, file)
         for row in rows:
             writer.write(row)
     for line in calibration.summary():
         note(line)
+    return writer
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
+from rich.markup import escape
 
 from srpo_cli.cli.options import OptionalPresetOption, TrustOption, WeightsOption, parse_weights
 from srpo_cli.cli.output import OutputFormat, RowFormat, RowWriter, note, print_rows
@@ -51,7 +53,7 @@ RewardsOption = Annotated[
         "--reward",
         "-r",
         metavar="NAME",
-        help=f"May be repeated: {', '.join(REWARDS.names)}. Without it the miniature's pictures are judged by "
+        help=f"May be repeated: {escape(', '.join(REWARDS.names))}. Without it the miniature's pictures are judged by "
         "miniature, all others by hpsv2.1.",
     ),
 ]
@@ -171,13 +173,17 @@ def _score(
     summary = Summary()
     with _opened(output) as file, CountProgress(None if piped else len(sources), "pictures") as progress:
         writer = RowWriter(columns(written), written, file)
-        for row in score(sources, request, note, as_they_come=piped):
-            writer.write(row)
-            summary.add(row)
-            progress.update(summary.pictures)
+        try:
+            for row in score(sources, request, note, as_they_come=piped):
+                writer.write(row)
+                summary.add(row)
+                progress.update(summary.pictures)
+        except KeyboardInterrupt:
+            note(f"stopped after {summary.pictures} pictures" + (f", whose rows are in {output}" if output else ""))
+            raise
     if not summary.pictures:
         raise UsageError("nothing to score: standard input held no row, or the folder nothing but sheets of pictures")
-    _sum_up(summary, sys.stderr if written is not RowFormat.TABLE and output is None else sys.stdout)
+    _sum_up(summary, request, sys.stderr if written is not RowFormat.TABLE and output is None else sys.stdout)
     if summary.failed:
         note(f"{summary.failed} of {summary.failed + summary.scored} rows have an error instead of a score")
     return summary.failed
@@ -247,11 +253,10 @@ class _Wording:
         return {reward.name: reward.weights} if reward and reward.weights else {}
 
     def columns(self, row_format: RowFormat) -> dict[str, int | None]:
-        """The columns of a table or of CSV; a table leaves the score out where it is the gap."""
+        """The columns of a table or of CSV."""
         terms = () if self.form in ("plain", "sgp") else ("positive", "negative", "gap")
         if row_format is RowFormat.TABLE:
-            numbers = terms if self.form == "srp" else ("score", *terms)
-            return {**dict.fromkeys(numbers, _WIDTH), "reward": None, "file": None}
+            return {**dict.fromkeys(("score", *terms), _WIDTH), "reward": None, "file": None}
         columns = ("file", "prompt", "reward", "score", *terms, "unit", "preprocess", "reward_weights", "error")
         return dict.fromkeys(columns)
 
@@ -285,32 +290,58 @@ def _sources(named: list[str], prompt: str | None, prompts: str | None) -> tuple
         return (row if prompt is None else replace(row, prompt=prompt) for row in rows), True
     pictures = list_pictures(named)
     if prompts:
-        return with_prompts(pictures, prompts), False
+        named = with_prompts(pictures, prompts)
+        if left := sum(picture.prompt is None for picture in named):
+            note(f"{prompts} does not name {left} of {len(named)} pictures: theirs are their own prompts")
+        return named, False
     return [replace(picture, prompt=prompt) for picture in pictures], False
+
+
+class _Late(io.TextIOBase):
+    """A file that is made when its first row is there: what it held before outlives a mistake."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, None
+
+    def write(self, text: str) -> int:
+        from srpo_cli.runtime.folder import disk_errors
+
+        with disk_errors(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("w", encoding="utf-8", newline="")
+            return self._file.write(text)
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 @contextmanager
 def _opened(path: Path | None) -> Iterator[TextIO | None]:
-    """The file that rows go to, its folder made; None for stdout."""
+    """The file that rows go to; None for stdout."""
     if path is None:
         yield None
         return
-    from srpo_cli.runtime.folder import disk_errors
-
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            yield file
+    with _Late(path) as file:
+        yield file
 
 
-def _sum_up(summary: Summary, file: TextIO) -> None:
+def _sum_up(summary: Summary, request: Request, file: TextIO) -> None:
     if not summary.scored:
         return
     rows = [{_HEADINGS.get(key, key): _shown(value) for key, value in row.items()} for row in summary.rows()]
     typer.echo("", file)
     print_rows(rows, OutputFormat.TABLE, file)
     for name, (unit, mode, weights) in summary.made_by.items():
+        wording = request.wording(name)
+        sides = (", ".join(words) for words in (wording.positive, wording.negative) if words)
         parts = [
+            " against ".join(sides),
             f"in {unit}" if unit else "",
             f"preprocess {mode}" if mode else "",
             f"weights {weights}" if weights else "",

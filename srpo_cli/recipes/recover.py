@@ -26,7 +26,7 @@ from srpo_cli.algorithms.srpo import SigmaDraws
 from srpo_cli.config.schema import AlgorithmConfig
 from srpo_cli.core.recover import add_noise, recover
 from srpo_cli.core.relative import Branch
-from srpo_cli.errors import UsageError
+from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.metrics.likeness import ENOUGH_PICTURES, RANKS_KEPT, psnr, rank_correlation, ranking_window, rms, ssim
 from srpo_cli.miniature.world import SIZE
 from srpo_cli.models.flux import Flux, LatentSpace, load_flux, load_latent_space
@@ -242,6 +242,9 @@ class Ruler:
             columns["reward_deviation"] = [reward - self._clean for reward in columns["reward"]]
             columns["reward_picture"] = [self._clean] * len(images)
         named = {"picture": self.subject.name, "prompt": self.subject.prompt, **dict.fromkeys(_FACTS), "label": label}
+        if self.reward:
+            mode = self.reward.preprocess.mode if self.reward.preprocess else None
+            named |= {"reward_name": self.reward.name, "preprocess": mode, "reward_weights": self.reward.weights}
         values = zip(*columns.values(), strict=True)
         return [
             {**named, **fact, **dict(zip(columns, value, strict=True))}
@@ -469,7 +472,10 @@ def _listed(request: Request) -> list[tuple[Path | None, str | None]]:
     listed: dict[Path, str | None] = {}
     for picture in request.pictures:
         path = Path(picture.file)
-        _, metadata = open_with_metadata(path)
+        try:
+            _, metadata = open_with_metadata(path)
+        except SrpoError as error:
+            raise UsageError(f"{error}: mend or remove it, or name the others") from error
         if not (picture.found and is_sheet(metadata)):
             listed[path] = prompt_of(path, metadata) if request.prompt is None else request.prompt
     if not listed:
@@ -521,6 +527,8 @@ def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             ranking = pictures if first["method"] == ROUND_TRIP else clean
             reference = [ranking[row["picture"]] for row in group]
             mean["rank_correlation"] = rank_correlation([row["reward"] for row in group], reference)
+            rewards, originals = [row["reward"] for row in group], [pictures[row["picture"]] for row in group]
+            mean["rank_correlation_picture"] = rank_correlation(rewards, originals)
         means.append({**named, "pictures": len(group), **mean})
     return means
 

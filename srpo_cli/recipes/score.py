@@ -33,6 +33,10 @@ Form = Literal["plain", "sgp", "srp", "cfg", "upstream"]
 Announce = Callable[[str], None]
 
 _MINIATURE = "miniature"
+_RESULTS = frozenset(
+    ("reward", "score", "positive", "negative", "gap", "unit", "preprocess", "reward_weights", "error")
+)  # keys of a row that scoring makes
+_PIXELS = 2**24  # judged at a time: 200 MB as float32, as a batch of sixteen pictures of a megapixel is
 _WORKERS = 4  # threads that decode and judge, a batch each
 
 
@@ -151,7 +155,9 @@ class Decoded:
     error: str | None = None
 
     def row(self) -> dict[str, Any]:
-        return {**self.source.row, "file": self.source.file, "prompt": self.prompt}
+        """The keys that the picture came with, but for those of an earlier score."""
+        kept = {key: value for key, value in self.source.row.items() if key not in _RESULTS}
+        return {**kept, "file": self.source.file, "prompt": self.prompt}
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -242,8 +248,25 @@ def score(
 
 
 def _rows(sources: Sequence[Picture], judges: Judges) -> list[dict[str, Any]]:
-    """The rows of some pictures: picture by picture, and for each its rewards in the order they were asked for."""
-    batch = decode_all(sources)
+    """The rows of some pictures, judged in batches of so many pixels that large photographs fit into memory."""
+    rows: list[dict[str, Any]] = []
+    batch: list[Decoded] = []
+    pixels = 0
+    for source in sources:
+        decoded = decode(source)
+        if decoded is None:
+            continue
+        size = 0 if decoded.pixels is None else decoded.pixels.shape[0] * decoded.pixels.shape[1]
+        if batch and pixels + size > _PIXELS:
+            rows += _rows_of(batch, judges)
+            batch, pixels = [], 0
+        batch.append(decoded)
+        pixels += size
+    return rows + _rows_of(batch, judges)
+
+
+def _rows_of(batch: Sequence[Decoded], judges: Judges) -> list[dict[str, Any]]:
+    """The rows of a batch: picture by picture, and for each its rewards in the order they were asked for."""
     rows: list[list[dict[str, Any]]] = [
         [{**picture.row(), "error": picture.error}] if picture.error else [] for picture in batch
     ]
@@ -396,21 +419,23 @@ def _summarise(reward: str, folder: str, values: Sequence[tuple[str | None, floa
     by_prompt = None not in prompts and len(set(prompts)) > 1
     units = prompts if by_prompt else list(range(len(values)))
     row: dict[str, Any] = {"reward": reward, "folder": folder, "pictures": len(values)}
-    row["resampled"] = f"{len(set(units))} {'prompts' if by_prompt else 'pictures'}"
+    row["resampled"] = f"{len(set(units))} {'prompts' if by_prompt else 'pictures' if len(values) > 1 else 'picture'}"
     scores, gaps = [score for _, score, _ in values], [gap for _, _, gap in values]
     if scores != gaps:
         row["score"] = _clustered(scores, units)
     if gaps[0] is not None:
         row["gap"] = _clustered(gaps, units)
-        row["gap_x100"] = Interval(*(100 * value for value in row["gap"]))
+        row["gap_x100"] = _clustered([100 * gap for gap in gaps], units)
         row["win_rate"] = _clustered([1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps], units)
     return row
 
 
-def _clustered(values: Sequence[float], units: Sequence[Any]) -> Interval:
-    """Bootstrap interval of the mean, whole units resampled."""
+def _clustered(values: Sequence[float], units: Sequence[Any]) -> Interval | float:
+    """Bootstrap interval of the mean, whole units resampled; the mean alone where there is one unit."""
     index = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
     place = torch.tensor([index[unit] for unit in units])
     sums = torch.zeros(len(index), dtype=torch.float64).index_add_(0, place, torch.tensor(values, dtype=torch.float64))
     counts = torch.bincount(place).double()
+    if len(index) == 1:
+        return (sums / counts).item()
     return bootstrap(lambda chosen: sums[chosen].sum(1) / counts[chosen].sum(1), len(index))

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg
@@ -341,7 +340,7 @@ def _hub_folder(name: str, repo: str, files: tuple[str, ...], announce: Announce
     announce(f"downloading the tokenizer or configuration (some MB) of {name} from {repo}")
     try:
         return Path(snapshot_download(repo, allow_patterns=list(_SMALL_FILES)))
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of whatever library carries the bytes; what is there to do is the same
         raise MissingError(f"{missing} (the download failed: {download_failure(error)})") from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -126,6 +127,7 @@ class ImageReward(Reward):
         self.preprocess = Preprocess(blip.visual_encoder.config.image_size, self.modes[0])
         self.name, self.weights = name, weights
         self._tokens: dict[str, tuple[Tensor, Tensor]] = {}
+        self._lock = Lock()  # the tokenizer is one for all threads
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,12 +135,13 @@ class ImageReward(Reward):
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, both (N, MAX_TOKENS), computed once per distinct text."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
-        if new:
-            encoded = self.tokenizer(
-                new, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-            )
-            self._tokens.update(zip(new, zip(encoded.input_ids, encoded.attention_mask, strict=True), strict=True))
+        with self._lock:
+            new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
+            if new:
+                encoded = self.tokenizer(
+                    new, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+                )
+                self._tokens.update(zip(new, zip(encoded.input_ids, encoded.attention_mask, strict=True), strict=True))
         ids, mask = zip(*(self._tokens[text] for text in texts), strict=True)
         return torch.stack(ids).to(self.device), torch.stack(mask).to(self.device)
 

@@ -74,7 +74,7 @@ def load_laion(
         weights: a folder with the head, ``sa_0_4_vit_l_14_linear.pth`` or ``sac+logos+ava1-l14-linearMSE.pth``, and
             OpenAI's ViT-L/14, ``open_clip_model.safetensors``; or the head's file, with the other beside it or in the
             Hub cache.
-        device, dtype: where and in what it runs; the head stays in float32.
+        device, dtype: where and in what it runs; the head in float32 or wider.
         announce: told about a download before it starts; None: nothing is downloaded.
         architecture: what open_clip calls the backbone.
 
@@ -90,7 +90,7 @@ def load_laion(
         raise SrpoError(f"{head_file} is not the head of {name}: {one_line(error)}") from error
     return LaionReward(
         build_clip(config, clip_file, device, dtype).visual,
-        head.to(device, torch.float32),
+        head.to(device, torch.promote_types(dtype, torch.float32)),
         preprocess=Preprocess(config["vision_cfg"]["image_size"], _MODES[0]),
         name=name,
         weights=found.record,

@@ -62,7 +62,7 @@ class PluginReward(Reward):
     def __init__(self, inner: Reward, name: str, record: str, file: Path) -> None:
         self.inner, self.name = inner, name
         self.unit, self.reads_text, self.differentiable = inner.unit, inner.reads_text, inner.differentiable
-        self.preprocess, self.modes = inner.preprocess, inner.modes
+        self.preprocess, self.modes, self.thread_safe = inner.preprocess, inner.modes, inner.thread_safe
         self.weights = f"{record}; {inner.weights}" if inner.weights else record
         self._record, self._file = record, file
         for parameter in self.parameters():

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,19 +82,30 @@ def with_prompts(pictures: Sequence[Picture], source: str) -> list[Picture]:
     named = _named_prompts(source)
     if named is None:
         prompts = read_prompts(source)
+        pictures = [picture for picture in pictures if not (picture.found and _is_sheet(picture.file))]
         if len(prompts) != len(pictures):
             raise UsageError(
                 f"{source} holds {len(prompts)} prompts for {len(pictures)} pictures: give one each, in order, or a "
                 ".jsonl or .csv with file and prompt"
             )
         return [_told(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    folder = Path(source).parent
-    by_path = {(folder / file).resolve(): prompt for file, prompt in named.items()}
-    by_name = {Path(file).name: prompt for file, prompt in named.items()}
-    return [
-        _told(picture, by_path.get(Path(picture.file).resolve()) or by_name.get(Path(picture.file).name))
-        for picture in pictures
-    ]
+    by_path: dict[Path, str] = {}
+    for file, prompt in named:
+        by_path[(Path(source).parent / file).resolve()] = prompt
+        by_path.setdefault(Path(file).resolve(), prompt)
+    names = Counter(Path(file).name for file, _ in named)
+    places = Counter(Path(picture.file).name for picture in pictures)
+    by_name = {Path(file).name: prompt for file, prompt in named if names[Path(file).name] == 1}
+    told = []
+    for picture in pictures:
+        path = Path(picture.file)
+        prompt = by_path.get(path.resolve())
+        if prompt is None and path.name in names:
+            if names[path.name] > 1 or places[path.name] > 1:
+                raise UsageError(f"{source} means several pictures by {path.name}: name them with their folders")
+            prompt = by_name[path.name]
+        told.append(_told(picture, prompt))
+    return told
 
 
 def standard_input() -> Iterator[str]:
@@ -103,12 +115,18 @@ def standard_input() -> Iterator[str]:
     return iter(sys.stdin)
 
 
+def _is_sheet(file: str) -> bool:
+    from srpo_cli.runtime.pictures import is_sheet, read_metadata  # imports torch
+
+    return is_sheet(read_metadata(Path(file)) or {})
+
+
 def _told(picture: Picture, prompt: str | None) -> Picture:
     return Picture(picture.file, prompt, picture.found, picture.row)
 
 
-def _named_prompts(source: str) -> dict[str, str] | None:
-    """Prompt by file name, of a ``.jsonl`` or ``.csv`` whose rows name files; None for any other."""
+def _named_prompts(source: str) -> list[tuple[str, str]] | None:
+    """File names and prompts, of a ``.jsonl`` or ``.csv`` whose rows name files; None for any other."""
     path = Path(source)
     if path.suffix.lower() not in (".jsonl", ".csv") or not path.is_file():
         return None
@@ -121,11 +139,11 @@ def _named_prompts(source: str) -> dict[str, str] | None:
         key = next((key for key in _FILE_KEYS if key in (rows.fieldnames or [])), None)
         if key is None or "prompt" not in rows.fieldnames:
             return None
-        return {row[key]: row["prompt"] for row in rows if row[key]}
+        return [(row[key], row["prompt"]) for row in rows if row[key] and row["prompt"]]
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines or not any(f'"{key}"' in lines[0] for key in _FILE_KEYS):
         return None
-    return {picture.file: picture.prompt for picture in read_rows(lines, source) if picture.prompt}
+    return [(picture.file, picture.prompt) for picture in read_rows(lines, source) if picture.prompt]
 
 
 def _in_folder(folder: Path) -> list[Path]:

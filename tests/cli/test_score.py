@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from srpo_cli.miniature.world import PHOTO, draw_scenes_of, render
-from srpo_cli.runtime.pictures import save_png
+from srpo_cli.runtime.pictures import save_grid, save_png
 
 PROMPTS = ["a red sphere on sand", "a blue cone on snow", "a green cube on grass"]
 PAIR = ("--pos", "realistic photo", "--neg", "CG render")
@@ -38,13 +39,14 @@ def test_the_command_in_users_scripts_works_on_a_fresh_machine(srpo):
     outcome = srpo("score", "images/", *PAIR)
     assert outcome.exit_code == 0
     header, *rows = outcome.stdout.splitlines()
-    assert header.split() == ["positive", "negative", "gap", "reward", "file"]
+    assert header.split() == ["score", "positive", "negative", "gap", "reward", "file"]
     assert [row.split()[-1] for row in rows[:3]] == [f"images/{i}.png" for i in range(3)]
     for line in rows[:3]:
-        positive, negative, gap = map(float, line.split()[:3])
-        assert gap == pytest.approx(positive - negative, abs=2e-4)
+        score, positive, negative, gap = map(float, line.split()[:4])
+        assert score == gap == pytest.approx(positive - negative, abs=2e-4)
     assert "100 x gap" in outcome.stdout and "win rate" in outcome.stdout and "3 prompts" in outcome.stdout
     assert "sha256:" in outcome.stdout
+    assert "realistic photo against CG render" in outcome.stdout
 
 
 def test_formats_hold_the_same_rows(srpo, tmp_path):
@@ -96,6 +98,21 @@ def test_prompts_from_a_flag_a_file_and_a_sidecar(srpo, tmp_path):
     assert json_rows(srpo("score", str(beside), "--format", "jsonl").stdout)[0]["prompt"] == "a yellow cylinder"
 
 
+def test_prompts_in_order_do_not_count_the_sheets_in_a_folder(srpo, tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(Path(f"images/{i}.png").read_bytes())
+    save_grid([torch.rand(2, 3, 48, 48)], tmp_path / "grid.png")
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    rows = json_rows(srpo("score", str(tmp_path), "--prompts", str(tmp_path / "p.txt"), "--format", "jsonl").stdout)
+    assert [row["prompt"] for row in rows] == ["one", "two"]
+
+
+def test_a_list_that_names_none_of_the_pictures_is_told(srpo, tmp_path):
+    (tmp_path / "p.csv").write_text("file,prompt\nnope.png,x\n")
+    outcome = srpo("score", "images/", "--prompts", str(tmp_path / "p.csv"))
+    assert "does not name 3 of 3 pictures" in outcome.stderr
+
+
 def test_rows_on_standard_input_are_scored_and_keep_their_keys(srpo, monkeypatch):
     rows = [{"file": "images/2.png", "seed": 7}, {"image": "images/0.png", "prompt": "a blue cone"}]
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(json.dumps(row) + "\n" for row in rows)))
@@ -126,6 +143,30 @@ def test_pictures_of_other_models_need_hpsv2_and_nothing_takes_its_place(srpo, t
     announced, error = outcome.stderr.splitlines()
     assert announced.startswith("downloading HPS_v2.1_compressed.pt (1.97 GB)") and "xswu/HPSv2" in announced
     assert error.startswith("error: hpsv2.1 needs") and "hf download xswu/HPSv2 HPS_v2.1_compressed.pt" in error
+
+
+def test_what_was_in_the_output_outlives_a_mistake(srpo, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "scores.csv").write_text("precious")
+    assert srpo("score", str(tmp_path), *PAIR, "-o", str(tmp_path / "scores.csv")).exit_code == 4
+    assert (tmp_path / "scores.csv").read_text() == "precious"
+
+
+def test_scores_can_be_scored_again(srpo, monkeypatch):
+    first = srpo("score", "images/", *PAIR, "--format", "jsonl").stdout
+    monkeypatch.setattr("sys.stdin", io.StringIO(first.replace('"gap"', '"error": "old", "gap"')))
+    again = srpo("score", "-", "--format", "jsonl")
+    assert again.exit_code == 0
+    plain = srpo("score", "images/", "--format", "jsonl").stdout
+    for row, expected in zip(json_rows(again.stdout), json_rows(plain), strict=True):
+        assert row["score"] == pytest.approx(expected["score"], abs=1e-6)
+        assert row.keys() == expected.keys()
+
+
+def test_one_picture_has_no_interval(srpo):
+    outcome = srpo("score", "images/0.png", *PAIR)
+    (summary,) = (line for line in outcome.stdout.splitlines() if "1 picture" in line)
+    assert "[" not in summary and "1 pictures" not in summary
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,24 @@ def test_the_wrapper_of_these_tests_is_no_fault_itself(
     assert check_reward(Faulty(behind("crop")), pictures, PROMPTS).verdict == "ok"
 
 
+class Centred(Reward):
+    """The miniature's reward, five times as large and with almost nothing left of one picture's score."""
+
+    name = "centred"
+
+    def __init__(self, inner: ClipReward, centre: float) -> None:
+        self.inner, self.centre = inner, centre
+
+    def __call__(self, images: Tensor | list[Tensor], prompts: list[str]) -> Tensor:
+        return 5 * (self.inner(images, prompts) - self.centre) + 5e-4
+
+
+def test_a_good_reward_whose_score_is_near_zero_passes(miniature: ClipReward, pictures: list[Tensor]) -> None:
+    for picture, prompt in zip(pictures, PROMPTS, strict=True):
+        centred = Centred(miniature, miniature([picture], [prompt]).item())
+        assert check_reward(centred, [picture], [prompt]).verdict == "ok"
+
+
 def test_a_reward_without_gradient_is_said_to_score_only(
     behind: Callable[..., ClipReward], pictures: list[Tensor]
 ) -> None:

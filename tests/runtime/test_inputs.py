@@ -86,3 +86,17 @@ def test_as_many_prompts_as_pictures_are_needed(tree):
     (tree / "p.txt").write_text("one\ntwo\n")
     with pytest.raises(UsageError, match="2 prompts for 4 pictures"):
         with_prompts(list_pictures([str(tree)]), str(tree / "p.txt"))
+
+
+def test_a_name_that_means_two_pictures_is_refused_and_one_with_its_folder_is_not(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").touch()
+    pictures = list_pictures([str(tmp_path)])
+    (tmp_path / "p.csv").write_text("file,prompt\n0.png,one\n")
+    with pytest.raises(UsageError, match=r"several pictures by 0\.png"):
+        with_prompts(pictures, str(tmp_path / "p.csv"))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "p.csv").write_text("file,prompt\na/0.png,one\nb/0.png,two\n")
+    monkeypatch.chdir(tmp_path)  # the names are of the working directory, not of the list's
+    assert [p.prompt for p in with_prompts(pictures, str(tmp_path / "lists" / "p.csv"))] == ["one", "two"]
