@@ -7,21 +7,20 @@ and but for what resizing mixes into the rest have no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from srpo_cli.errors import SrpoError, one_line
-from srpo_cli.rewards.base import Reward
 from srpo_cli.rewards.head import linear_head
-from srpo_cli.rewards.preprocess import Images, Preprocess
+from srpo_cli.rewards.preprocess import Mode, Preprocess
+from srpo_cli.rewards.vision import RatingReward
 from srpo_cli.rewards.weights import Announce, find_weights, read_state
 
 VISION: Mapping[str, Any] = MappingProxyType(
@@ -38,48 +37,25 @@ VISION: Mapping[str, Any] = MappingProxyType(
 
 _HEAD_PLACES = (0, 2, 4, 6, 8)
 _HALF = (0.5, 0.5, 0.5)
+_MODES: tuple[Mode, ...] = ("squash-pil", "squash")
 
 
-class AestheticReward(Reward):
-    """The predicted rating of a picture; reads no text.
+class AestheticReward(RatingReward):
+    """A rating from what SigLIP's vision tower pools.
 
     Args:
-        vision: SigLIP's vision tower; frozen here.
-        head: maps its unit features (B, D) to ratings (B, 1), in float32 or wider; frozen here.
-        name, weights: as for every :class:`Reward`.
+        tower: SigLIP's vision tower.
+        head, name, weights: as for every :class:`RatingReward`.
     """
 
-    unit = "1 to 10"
-    thread_safe = True
-    reads_text = False
-    modes = ("squash-pil", "squash")
-
     def __init__(
-        self, vision: SiglipVisionModel, head: nn.Module, *, name: str = "aesthetic-v2.5", weights: str = ""
+        self, tower: SiglipVisionModel, head: nn.Module, *, name: str = "aesthetic-v2.5", weights: str = ""
     ) -> None:
-        self.vision = vision.requires_grad_(False).eval()
-        self.head = head.requires_grad_(False).eval()
-        self.preprocess = Preprocess(vision.config.image_size, self.modes[0], _HALF, _HALF)
-        self.name, self.weights = name, weights
+        preprocess = Preprocess(tower.config.image_size, _MODES[0], _HALF, _HALF)
+        super().__init__(tower, head, preprocess=preprocess, modes=_MODES, name=name, weights=weights)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.vision.dtype
-
-    def ratings(self, images: Images) -> Tensor:
-        """Ratings (B,) of pictures in [0, 1]; float32 or wider, differentiable."""
-        pixels = self.preprocess(images).to(self.device, self.dtype)
-        with torch.autocast(self.device.type, enabled=False):
-            features = self.vision(pixels).pooler_output
-            precise = features.to(torch.promote_types(features.dtype, torch.float32))
-            return self.head(F.normalize(precise, dim=-1)).squeeze(-1)
-
-    def scores(self, images: Images, *texts: Sequence[str]) -> tuple[Tensor, ...]:
-        """The same ratings (B,) for every list of texts, computed once."""
-        return (self.ratings(images),) * len(texts)
-
-    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        return self.ratings(images).float()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.tower(pixels).pooler_output
 
 
 def load_aesthetic(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -12,7 +11,6 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from open_clip.convert import convert_state_dict
@@ -22,8 +20,8 @@ from torch import Tensor, nn
 
 from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
 from srpo_cli.registry import HubFiles
-from srpo_cli.rewards.base import Reward
 from srpo_cli.rewards.preprocess import Images, Mode, Preprocess
+from srpo_cli.rewards.vision import VisionReward, unit_vectors
 from srpo_cli.rewards.weights import Announce, Weights, download_failure, find_weights, read_state, sha256
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -39,53 +37,6 @@ _MODES: dict[str, tuple[Mode, ...]] = {  # open_clip's resize modes; it preproce
 }
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
-
-
-class VisionReward(Reward):
-    """What reads a picture through a frozen vision tower; higher is better.
-
-    Args:
-        tower: holds the tower's weights. Frozen here.
-        preprocess: how pictures come to it.
-        modes: the preprocessings that may be asked for, reference first, the one for training last.
-        unit, name, weights: as for every :class:`Reward`.
-    """
-
-    thread_safe = True
-
-    def __init__(
-        self,
-        tower: nn.Module,
-        *,
-        preprocess: Preprocess,
-        modes: tuple[Mode, ...],
-        unit: str,
-        name: str,
-        weights: str,
-    ) -> None:
-        self.tower = tower.requires_grad_(False).eval()
-        self.preprocess = preprocess
-        self.modes = modes
-        self.unit, self.name, self.weights = unit, name, weights
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the tower computes in."""
-        return next(self.tower.parameters()).dtype
-
-    @abstractmethod
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Features (B, D) of what :class:`Preprocess` makes, of any length."""
-
-    def image_features(self, images: Images) -> Tensor:
-        """Unit features (B, D) of pictures in [0, 1]; float32 or wider, differentiable."""
-        pixels = self.preprocess(images).to(self.device, self.dtype)
-        with self._own_precision():
-            return unit_vectors(self.encode_image(pixels))
-
-    def _own_precision(self) -> torch.autocast:
-        """Keeps a caller's autocast out: differences of cosines need the digits, the text cache needs one value."""
-        return torch.autocast(self.device.type, enabled=False)
 
 
 class ClipReward(VisionReward):
@@ -148,11 +99,6 @@ class ClipReward(VisionReward):
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         return self.scores(images, prompts)[0].float()
-
-
-def unit_vectors(features: Tensor) -> Tensor:
-    """Unit vectors in float32 or wider: the difference of two cosines has no digits left in bfloat16."""
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def load_open_clip(

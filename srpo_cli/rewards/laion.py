@@ -6,7 +6,7 @@ them. Both take OpenAI's weights, so its activation; their code preprocesses in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from srpo_cli.errors import SrpoError, one_line
-from srpo_cli.rewards.clip import VisionReward, build_clip
+from srpo_cli.rewards.clip import build_clip
 from srpo_cli.rewards.head import linear_head
-from srpo_cli.rewards.preprocess import Images, Mode, Preprocess
+from srpo_cli.rewards.preprocess import Mode, Preprocess
+from srpo_cli.rewards.vision import RatingReward
 from srpo_cli.rewards.weights import Announce, find_weights, read_state
 
 _HEADS: dict[str, Callable[[int], nn.Module]] = {
@@ -26,36 +27,11 @@ _HEADS: dict[str, Callable[[int], nn.Module]] = {
 _MODES: tuple[Mode, ...] = ("crop-pil", "crop")
 
 
-class LaionReward(VisionReward):
-    """The predicted rating of a picture; reads no text.
-
-    Args:
-        tower: maps pixels to CLIP's picture features (B, D); frozen here.
-        head: maps unit features (B, D) to ratings (B, 1), in float32 or wider; frozen here.
-        preprocess, name, weights: as for every :class:`VisionReward`.
-    """
-
-    reads_text = False
-
-    def __init__(self, tower: nn.Module, head: nn.Module, *, preprocess: Preprocess, name: str, weights: str) -> None:
-        super().__init__(tower, preprocess=preprocess, modes=_MODES, unit="1 to 10", name=name, weights=weights)
-        self.head = head.requires_grad_(False).eval()
+class LaionReward(RatingReward):
+    """A rating from CLIP's picture features; ``tower`` maps pixels to these, (B, D)."""
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.tower(pixels)
-
-    def ratings(self, images: Images) -> Tensor:
-        """Ratings (B,) of pictures in [0, 1]; float32 or wider, differentiable."""
-        features = self.image_features(images)
-        with self._own_precision():
-            return self.head(features).squeeze(-1)
-
-    def scores(self, images: Images, *texts: Sequence[str]) -> tuple[Tensor, ...]:
-        """The same ratings (B,) for every list of texts, computed once."""
-        return (self.ratings(images),) * len(texts)
-
-    def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        return self.ratings(images).float()
 
 
 def load_laion(
@@ -92,6 +68,7 @@ def load_laion(
         build_clip(config, clip_file, device, dtype).visual,
         head.to(device, torch.promote_types(dtype, torch.float32)),
         preprocess=Preprocess(config["vision_cfg"]["image_size"], _MODES[0]),
+        modes=_MODES,
         name=name,
         weights=found.record,
     )

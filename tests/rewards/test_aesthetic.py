@@ -198,7 +198,7 @@ def test_the_features_are_those_of_the_whole_siglip(tmp_path: Path, state: dict[
     reward = load_aesthetic(weights=tmp_path, vision=SMALL)
     pixels = 2 * pictures(2, 30, 30) - 1
     torch.testing.assert_close(
-        reward.vision(pixels).pooler_output, siglip.get_image_features(pixel_values=pixels).pooler_output
+        reward.tower(pixels).pooler_output, siglip.get_image_features(pixel_values=pixels).pooler_output
     )
 
 
@@ -216,7 +216,7 @@ def test_pictures_of_several_sizes_are_rated_as_they_are_alone(reward: Aesthetic
 
 def test_texts_do_not_matter_and_cost_no_second_pass(reward: AestheticReward) -> None:
     images, passes = pictures(2, 40, 40), []
-    reward.vision.register_forward_hook(lambda *_: passes.append(1))
+    reward.tower.register_forward_hook(lambda *_: passes.append(1))
     first, second = reward.scores(images, ["a", "b"], ["c", ""])
     assert len(passes) == 1
     assert torch.equal(first, second) and torch.equal(first, reward(images, ["d", "e"]))
@@ -260,7 +260,7 @@ def test_a_callers_autocast_does_not_reach_the_reward(reward: AestheticReward) -
 
 
 def test_it_is_frozen_and_says_what_it_is(reward: AestheticReward) -> None:
-    assert not reward.vision.training and not reward.head.training
+    assert not reward.tower.training and not reward.head.training
     assert not any(parameter.requires_grad for parameter in reward.parameters())
     assert [reward.preprocess.mode, reward.via("training").preprocess.mode] == ["squash-pil", "squash"]
     assert reward.weights.startswith("model.safetensors sha256:") and f"; {HEAD} sha256:" in reward.weights
