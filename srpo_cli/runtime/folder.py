@@ -37,7 +37,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise SrpoError(f"the disk of {path} is full: free some space, then resume the run or repeat the command") from error
+            remedy = "free some space, then resume the run or repeat the command"
+            raise SrpoError(f"the disk of {path} is full: {remedy}") from error
         if error.errno in _FORBIDDEN:
             raise UsageError(f"cannot write to {path} ({error.strerror}): choose another --output") from error
         raise SrpoError(f"cannot write to {path} ({error.strerror or error})") from error
