@@ -80,7 +80,9 @@ class CountProgress:
         self._bar = None
         if sys.stderr.isatty():
             columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            # Rows on the same terminal are written above the bar; rows that go elsewhere must not be led here.
+            together = sys.stdout.isatty()
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=together)
             self._task = self._bar.add_task("", total=total)
 
     def __enter__(self) -> CountProgress:

@@ -1,5 +1,11 @@
 """Off a terminal progress is a plain line now and then; quiet shows nothing."""
 
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+
 import pytest
 
 from srpo_cli.runtime import progress
@@ -48,3 +54,29 @@ def test_a_terminal_of_80_columns_shows_everything(clock, capsys, monkeypatch):
     for part in (" 50/100", "0.04 s/step", "reward 0.500  sgp_gap -0.250  photo_distance 0.750"):
         assert part in text
     assert "…" not in text
+
+
+COUNT = """
+from srpo_cli.runtime.progress import CountProgress
+
+with CountProgress(2, "pictures") as progress:
+    for number in (1, 2):
+        print(f"row {number}")
+        progress.update(number)
+"""
+
+
+def test_rows_go_to_stdout_while_the_bar_is_on_the_terminal(tmp_path):
+    """The terminal is stderr's alone, as in ``srpo score images > rows``."""
+    terminal, side = pty.openpty()
+    with (tmp_path / "rows").open("wb") as rows:
+        process = subprocess.Popen([sys.executable, "-c", COUNT], stdout=rows, stderr=side)
+        os.close(side)
+        seen = b""
+        with contextlib.suppress(OSError):  # how the end of a terminal is told
+            while part := os.read(terminal, 4096):
+                seen += part
+        assert process.wait() == 0
+    os.close(terminal)
+    assert (tmp_path / "rows").read_text() == "row 1\nrow 2\n"
+    assert b"pictures" in seen and b"row" not in seen
