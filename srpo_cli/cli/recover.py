@@ -163,10 +163,16 @@ def recover(
     window = recipe.PresetWindow.of(preset, algorithm) if preset else None
     study = recipe.Study(source, request, output or Path("recover"), note, window)
     writer = None
-    for row in study.rows():
-        if row_format is not RowFormat.TABLE:
-            writer = writer or RowWriter(dict.fromkeys(row), row_format)
-            writer.write(row)
+    try:
+        for row in study.rows():
+            if row_format is not RowFormat.TABLE:
+                writer = writer or RowWriter(dict.fromkeys(row), row_format)
+                writer.write(row)
+    except KeyboardInterrupt:
+        if study.strips:
+            note("stopped: what follows is of the pictures until now")
+            _sum_up(study, row_format)
+        raise
     _sum_up(study, row_format)
 
 

@@ -160,3 +160,21 @@ def test_a_mistake_is_one_line(srpo, elsewhere, images, arguments, message):
     assert last.startswith("error: ") and message in last
     assert outcome.exit_code == 2 and outcome.stdout == ""
     assert not (elsewhere / "recover" / "rows.jsonl").exists()
+
+
+def test_an_interrupt_keeps_what_was_measured(srpo, elsewhere, images, monkeypatch):
+    from srpo_cli.recipes.recover import Study
+
+    study = Study._study
+
+    def interrupted(self, model, reward, subject, number):
+        if number == 1:
+            raise KeyboardInterrupt
+        return study(self, model, reward, subject, number)
+
+    monkeypatch.setattr(Study, "_study", interrupted)
+    outcome = srpo("recover", str(images), "--sigmas", "0.5")
+    assert outcome.exit_code == 130
+    assert "stopped" in outcome.stderr and "one-step" in outcome.stdout
+    rows = (elsewhere / "recover" / "rows.jsonl").read_text().splitlines()
+    assert len({json.loads(row)["picture"] for row in rows}) == 1
