@@ -170,11 +170,11 @@ def decode(source: Picture) -> Decoded | None:
     path = Path(source.file)
     try:
         image, metadata = open_with_metadata(path)
+        prompt = source.prompt or prompt_of(path, metadata)
     except SrpoError as error:
         return Decoded(source, prompt=source.prompt, error=str(error))
     if source.found and is_sheet(metadata):
         return None
-    prompt = source.prompt or prompt_of(path, metadata)
     return Decoded(source, torch.from_numpy(np.array(image)), metadata, prompt)
 
 

@@ -140,9 +140,13 @@ def _info(text: str):
 def test_what_cannot_be_read_or_has_no_prompt_is_a_row_and_the_rest_is_scored(folder, tmp_path):
     good = folder / "photo" / "0.png"
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:900])
-    Image.new("RGB", (48, 48)).save(tmp_path / "mute.png")
-    sources = [Picture(str(p)) for p in (tmp_path / "cut.png", good, tmp_path / "mute.png", tmp_path / "gone.png")]
-    cut, scored, mute, gone = recipe.score(sources, Request(rewards=["miniature"]))
+    for name in ("mute", "garbled"):
+        Image.new("RGB", (48, 48)).save(tmp_path / f"{name}.png")
+    (tmp_path / "garbled.txt").write_bytes(b"\xff\xfe\xfa")
+    bad = [Picture(str(tmp_path / f"{name}.png")) for name in ("cut", "mute", "gone", "garbled")]
+    sources = [bad[0], Picture(str(good)), *bad[1:]]
+    cut, scored, mute, gone, garbled = recipe.score(sources, Request(rewards=["miniature"]))
+    assert "garbled.txt" in garbled["error"]
     assert "cut.png" in cut["error"] and "gone.png" in gone["error"] and "score" not in cut
     assert "no prompt" in mute["error"] and "--prompt" in mute["error"]
     assert scored["score"] > 0 and "error" not in scored
