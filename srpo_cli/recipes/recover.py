@@ -38,6 +38,7 @@ from srpo_cli.runtime.folder import disk_errors, write_atomically
 from srpo_cli.runtime.inputs import Picture
 from srpo_cli.runtime.pictures import (
     METADATA_KEY,
+    SHEET,
     is_sheet,
     open_picture,
     open_with_metadata,
@@ -610,6 +611,6 @@ def _curve(
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     encoded = io.BytesIO()
-    figure.savefig(encoded, format="png", dpi=110, metadata={METADATA_KEY: json.dumps({"sheet": True})})
+    figure.savefig(encoded, format="png", dpi=110, metadata={METADATA_KEY: json.dumps(SHEET)})
     plt.close(figure)
     write_atomically(path, encoded.getvalue())

@@ -68,10 +68,7 @@ class Wording:
 
     def weights(self) -> WordWeights:
         """How the two terms make the score."""
-        return {"sgp": sgp, "srp": srp}[self.form]() if self.form in ("sgp", "srp") else self._guided()
-
-    def _guided(self) -> WordWeights:
-        return (guided if self.form == "cfg" else upstream)(self.k)
+        return {"sgp": sgp(), "srp": srp(), "cfg": guided(self.k), "upstream": upstream(self.k)}[self.form]
 
 
 @dataclass(frozen=True)
@@ -178,9 +175,9 @@ def decode(source: Picture) -> Decoded | None:
     return Decoded(source, torch.from_numpy(np.array(image)), metadata, prompt)
 
 
-def decode_all(sources: Iterable[Picture]) -> list[Decoded]:
-    """The pictures, those that cannot be read with their error, sheets left out."""
-    return [decoded for decoded in map(decode, sources) if decoded is not None]
+def decode_all(sources: Iterable[Picture]) -> Iterator[Decoded]:
+    """The pictures one by one, those that cannot be read with their error, sheets left out."""
+    return (decoded for decoded in map(decode, sources) if decoded is not None)
 
 
 def chunks_of(sources: Iterable[Picture], size: int, as_they_come: bool = False) -> Iterator[list[Picture]]:
@@ -252,10 +249,7 @@ def _rows(sources: Sequence[Picture], judges: Judges) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     batch: list[Decoded] = []
     pixels = 0
-    for source in sources:
-        decoded = decode(source)
-        if decoded is None:
-            continue
+    for decoded in decode_all(sources):
         size = 0 if decoded.pixels is None else decoded.pixels.shape[0] * decoded.pixels.shape[1]
         if batch and pixels + size > _PIXELS:
             rows += _rows_of(batch, judges)
@@ -297,7 +291,7 @@ def judged_together(
     quiet_libraries()
     judges = Judges(request, announce)
     sources = iter(sources)
-    pictures = decode_all(islice(sources, limit))
+    pictures = list(decode_all(islice(sources, limit)))
     if next(sources, None) is not None:
         announce(f"looking at the first {limit} pictures")
     unreadable = [picture for picture in pictures if picture.error]

@@ -20,7 +20,9 @@ from srpo_cli.runtime.folder import write_atomically
 METADATA_KEY = "srpo"
 """Name of the PNG text chunk that holds a picture's metadata as one JSON object."""
 
-_SHEET = "sheet"  # key in the metadata of a sheet
+SHEET = {"sheet": True}
+"""Metadata of a picture that is no single picture: a grid, a curve."""
+
 _PARAMETERS = "parameters"  # text chunk in which stable-diffusion-webui and its like keep the prompt
 _MARGIN = 4  # px between pictures
 _SMALL, _LARGE = 144, 512  # px: on a sheet smaller pictures are enlarged to about the one, larger ones reduced
@@ -90,7 +92,7 @@ def prompt_of(path: Path, metadata: Mapping[str, Any]) -> str | None:
 
 def is_sheet(metadata: Mapping[str, Any]) -> bool:
     """Whether a picture is a sheet of several that :func:`save_grid` made."""
-    return bool(metadata.get(_SHEET))
+    return bool(metadata.get("sheet"))
 
 
 def _metadata_of(image: Image.Image) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def save_grid(rows: Sequence[Tensor], path: Path, row_labels: Sequence[str] = ()
             draw.text(position, "\n".join(lines), "black", font, spacing=3)
         top += body + footer
     info = PngImagePlugin.PngInfo()
-    info.add_text(METADATA_KEY, json.dumps({_SHEET: True}))
+    info.add_text(METADATA_KEY, json.dumps(SHEET))
     _save(sheet, path, pnginfo=info)
 
 
