@@ -43,6 +43,9 @@ Curve = tuple[Number, Number]
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 """Text with something in it."""
 
+Auto = Literal["auto"]
+"""Leaves a choice to the memory plan, which says what it came to; see `srpo train --dry-run`."""
+
 
 class Section(BaseModel):
     """Base of every part of the configuration: immutable, closed to unknown keys, finite."""
@@ -61,7 +64,14 @@ class ModelConfig(Section):
     )
     weights: Path | None = Field(
         None,
-        description="tuned transformer or LoRA file that is put into the model; null: the model as it is",
+        description="tuned transformer (folder or single file) or LoRA file that is put into the model; null: the "
+        "model as it is",
+    )
+    attention: Words = Field(
+        "auto", description="attention backend by diffusers' name; auto: the fastest one that is installed here"
+    )
+    compile: Auto | bool = Field(
+        "auto", description="compile the transformer's repeated blocks; auto: on accelerators that can, never on a CPU"
     )
 
     @field_validator("size")
@@ -115,8 +125,16 @@ class ControlWords(Section):
 class PromptsConfig(Section):
     """Where training prompts come from."""
 
-    source: Words = Field(description="hpdv2, miniature, miniature-unlit (prompts that name no light), or a file")
+    source: Words = Field(
+        "hpdv2", description="hpdv2, miniature, miniature-unlit (prompts that name no light), a file, or - for stdin"
+    )
     limit: Whole | None = Field(None, ge=1, description="use only this many prompts from the start; null: all")
+    cache: Auto | Path | None = Field(
+        "auto",
+        union_mode="left_to_right",
+        description="folder of encoded prompts; auto: the user's cache, none for the miniature; null: keep the text "
+        "encoders loaded",
+    )
 
 
 class RolloutConfig(Section):
@@ -133,6 +151,17 @@ class RolloutConfig(Section):
         True,
         description="all rollouts of a step, in every process and within its batch, start from the same noise; "
         "false: each from its own",
+    )
+    replay: Whole = Field(
+        0,
+        ge=0,
+        description="steps after each that train on its rollouts again, with new noise levels; changes what is "
+        "trained on",
+    )
+    dtype: Literal["model", "float8"] = Field(
+        "model",
+        description="arithmetic of the rollout's linear layers; float8 changes what is trained on, and a CPU only "
+        "imitates it",
     )
 
     @model_validator(mode="after")
@@ -278,11 +307,68 @@ class OptimizerConfig(Section):
 
 
 class TrainLoop(Section):
-    """How long a run is."""
+    """What is trained, and how long."""
 
+    mode: Literal["full", "lora"] = Field(
+        "full", description="train every weight of the transformer, or a LoRA beside them"
+    )
     steps: Whole = Field(20, ge=1, description="rollout batches in the run")
     batch_size: Whole = Field(1, ge=1, description="rollouts of one step in each process")
     seed: Whole = Field(42, ge=0, description="seed of everything that is drawn")
+    ema: Number | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an exponential moving average of the weights, which is then what is measured and "
+        "exported; null: none",
+    )
+
+
+class LoraConfig(Section):
+    """The adapter of mode lora, through peft."""
+
+    rank: Whole = Field(16, ge=1, description="rank of every adapter")
+    alpha: Number | None = Field(None, gt=0, description="scale is alpha / rank; null: alpha = rank")
+    targets: tuple[Words, ...] | None = Field(
+        None,
+        min_length=1,
+        description="ends of the names of the linear layers that get one; null: all but the modulation's",
+    )
+    base: Literal["model", "float8", "int8", "nf4"] = Field(
+        "model", description="how the frozen weights are kept: in model.dtype, or weight-only quantised"
+    )
+
+
+class MemoryConfig(Section):
+    """Where a run keeps its state. None of it changes what is computed, but for a bfloat16 master."""
+
+    plan: Literal["auto", "replicated", "resident", "streamed", "sharded"] = Field(
+        "auto",
+        description="replicated: float32 weights in every process; resident: bfloat16 weights, their float32 master "
+        "split beside them; streamed: low halves and optimizer on the host; sharded: FSDP2; auto: what fits",
+    )
+    master: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what updates are added to; bfloat16 loses those below half a step of the weights"
+    )
+    gradients: Auto | Literal["float32", "bfloat16"] = Field(
+        "auto", description="what gradients are summed up in, in plans resident and streamed"
+    )
+    adam: Auto | Literal["float32", "bfloat16", "8bit"] = Field(
+        "auto", description="how the optimizer's moments are kept, in plans resident and streamed"
+    )
+    micro_batch: Auto | Annotated[Whole, Field(ge=1)] = Field(
+        "auto", description="rollouts of a process that are drawn and differentiated at a time"
+    )
+    batch_branches: Auto | bool = Field("auto", description="both branches of a pair in one pass of the model")
+    transformer_checkpointing: Auto | bool = Field(
+        "auto", description="recompute each block of the transformer in its backward pass"
+    )
+    vae_checkpointing: Auto | bool = Field(
+        "auto", description="recompute each block of the decoder in its backward pass"
+    )
+    shard: Auto | Annotated[Whole, Field(ge=1)] = Field(
+        "auto", description="processes that share one copy in plan sharded; auto: those of a node"
+    )
 
 
 class SamplingConfig(Section):
@@ -324,11 +410,13 @@ class TrainConfig(Section):
     model: ModelConfig
     reward: RewardConfig
     control_words: ControlWords
-    prompts: PromptsConfig
+    prompts: PromptsConfig = Field(default_factory=PromptsConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     train: TrainLoop = Field(default_factory=TrainLoop)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
