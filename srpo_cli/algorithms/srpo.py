@@ -12,7 +12,7 @@ The draws come in two schedule modes: :class:`SigmaDraws`, in the model's own no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -27,6 +27,9 @@ from srpo_cli.core.schedule import expand_to, shifted_sigmas, truncate_to_clock
 from srpo_cli.errors import UsageError
 
 BRANCHES: tuple[Branch, ...] = ("denoise", "invert")
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""CPU generators: one for all samples, or one for each, so that a sample's draws do not depend on its batch."""
 
 
 class Model(Protocol):
@@ -48,7 +51,7 @@ class Reward(Protocol):
 class ImageTransform(Protocol):
     """A random, differentiable change of pictures; see :class:`srpo_cli.rewards.augment.Augment`."""
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor: ...
+    def __call__(self, images: Tensor, generator: Generators) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,15 @@ class Rollout:
     prompts: Sequence[str]
     conditioning: Any
     size: tuple[int, int]
+
+    def repeat(self, count: int) -> Rollout:
+        """All samples ``count`` times over, one whole batch after the other."""
+        if count == 1:
+            return self
+        index = list(range(len(self.prompts))) * count
+        x_0, eps = (tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (self.x_0, self.eps))
+        conditioning = None if self.conditioning is None else self.conditioning.select(index)
+        return Rollout(x_0, eps, [*self.prompts] * count, conditioning, self.size)
 
 
 @dataclass(frozen=True)
@@ -132,9 +144,20 @@ class Injection:
     def word_weights(self) -> WordWeights:
         return WordWeights(self.positive_weight, self.negative_weight)
 
+    @classmethod
+    def join(cls, injections: Sequence[Injection]) -> Injection:
+        """The samples of several calls in one; ``branch`` is that of the first."""
+        if len(injections) == 1:
+            return injections[0]
+        return injections[0]._each(lambda *values: torch.cat(values), *injections[1:])
+
     def to(self, device: torch.device) -> Injection:
         """The same on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "branch"}
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[..., Tensor], *others: Injection) -> Injection:
+        names = [name for name in vars(self) if name != "branch"]
+        tensors = {name: change(*(getattr(one, name) for one in (self, *others))) for name in names}
         return replace(self, **tensors)
 
 
@@ -147,11 +170,17 @@ class Draws:
         """One pair for ``batch`` samples, drawn from a CPU ``generator``."""
         raise NotImplementedError
 
-    def pairs(self, batch: int, count: int, generator: torch.Generator) -> list[list[Injection]]:
-        """``count`` pairs for one rollout: independent draws, or one for all of them where ``shared``."""
-        if self.shared:
-            return [self.draw(batch, generator)] * count
-        return [self.draw(batch, generator) for _ in range(count)]
+    def pairs(self, generators: Sequence[torch.Generator], count: int) -> list[list[Injection]]:
+        """``count`` pairs for one rollout: independent draws, or one for all of them where ``shared``.
+
+        Every sample draws from its own generator, so that it is drawn alike in a batch of any size.
+        """
+        draws = [self._draw_each(generators) for _ in range(1 if self.shared else count)]
+        return draws * count if self.shared else draws
+
+    def _draw_each(self, generators: Sequence[torch.Generator]) -> list[Injection]:
+        samples = [self.draw(1, generator) for generator in generators]
+        return [Injection.join(branch) for branch in zip(*samples, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -206,7 +235,7 @@ class SigmaDraws(Draws):
 
 @dataclass(frozen=True)
 class ReferenceDraws(Draws):
-    """The draws of the authors' FLUX script: one integer timestep for all samples and all pairs of a rollout.
+    """The draws of the authors' FLUX script: one integer timestep for all pairs of a rollout.
 
     A timestep counts upwards with the noise, an index into ``sigmas`` counts downwards. All tables and
     differences are float32, in the script's order of operations; where the step is short they are small
@@ -325,8 +354,9 @@ class SRPO:
         *,
         weights: Tensor | None = None,
         scale: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, float]:
+        generator: Generators = None,
+        batched: bool = False,
+    ) -> dict[str, Tensor]:
         """Add the gradient of one or more branches to the model's parameters.
 
         Args:
@@ -336,74 +366,78 @@ class SRPO:
             weights: loss weight per sample, (B,); 1 if not given. See
                 :meth:`srpo_cli.core.target.Target.weights`.
             scale: factor on each branch's mean loss; ``1 / len(injections)`` if not given.
-            generator: CPU generator of the augmentation.
+            generator: of the augmentation.
+            batched: all branches in one pass of the model, which changes the order of sums and nothing else.
 
-        Returns the loss summed over branches, and by branch the mean loss (scaled), reward and gap
-        (reward of the positive text minus that of the negative).
+        Returns scalars on the model's device: the loss summed over branches, and by branch the mean loss (scaled),
+        reward and gap (reward of the positive text minus that of the negative).
         """
         scale = 1 / len(injections) if scale is None else scale
-        metrics: dict[str, float] = {"loss": 0.0}
-        for injection in injections:
-            trace = self.backward_branch(rollout, injection, step, weights=weights, scale=scale, generator=generator)
-            loss = scale * trace.loss.mean().item()
-            metrics["loss"] += loss
-            metrics[f"{trace.branch}/loss"] = loss
-            metrics[f"{trace.branch}/reward"] = trace.reward.mean().item()
-            metrics[f"{trace.branch}/gap"] = (trace.r_positive - trace.r_negative).mean().item()
+        passes = [injections] if batched else [[injection] for injection in injections]
+        options = {"weights": weights, "scale": scale, "generator": generator}
+        traces = [trace for group in passes for trace in self.backward_pass(rollout, group, step, **options)]
+        metrics: dict[str, Tensor] = {"loss": sum(scale * trace.loss.mean() for trace in traces)}
+        for trace in traces:
+            metrics[f"{trace.branch}/loss"] = scale * trace.loss.mean()
+            metrics[f"{trace.branch}/reward"] = trace.reward.mean()
+            metrics[f"{trace.branch}/gap"] = (trace.r_positive - trace.r_negative).mean()
         return metrics
 
-    def backward_branch(
+    def backward_pass(
         self,
         rollout: Rollout,
-        injection: Injection,
+        injections: Sequence[Injection],
         step: int,
         *,
         weights: Tensor | None = None,
         scale: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Trace:
-        """:meth:`backward` for one branch, with all that it computed.
+        generator: Generators = None,
+    ) -> list[Trace]:
+        """:meth:`backward` for the branches of one pass of the model, with all that was computed for each.
 
         The graph is cut at ``x_0_hat``: picture and reward are differentiated first and their graph freed,
         then the transformer is, once. The gradient is exact, and what a checkpointed transformer recomputes
         for its backward pass never shares the memory with the graph of VAE and reward.
         """
-        x_0, eps = rollout.x_0.detach(), rollout.eps.detach()
-        injection = injection.to(x_0.device)
+        count = len(injections)
+        repeated, injection = rollout.repeat(count), Injection.join(injections).to(rollout.x_0.device)
+        x_0, eps = repeated.x_0.detach(), repeated.eps.detach()
         sigma, delta_sigma = expand_to(injection.sigma, x_0), expand_to(injection.delta_sigma, x_0)
         x_t = add_noise(x_0, eps, sigma)
-        model_out = self.model.velocity(x_t, injection.sigma_model, rollout.conditioning, self.guidance, rollout.size)
+        model_out = self.model.velocity(x_t, injection.sigma_model, repeated.conditioning, self.guidance, rollout.size)
         x_0_hat = recover(x_t, eps, model_out, sigma, delta_sigma)
 
         leaf = x_0_hat.detach().requires_grad_()
         images = self.model.decode(leaf, rollout.size)
-        positive, negative = self.control_words.at(step)
-        r_positive, r_negative = self._scores(images, rollout.prompts, (positive, negative), generator)
+        words = self.control_words.at(step)
+        generators = generator if generator is None or isinstance(generator, torch.Generator) else [*generator] * count
+        r_positive, r_negative = self._scores(images, repeated.prompts, words, generators)
         reward = relative_reward(r_positive, r_negative, injection.word_weights)
         loss = hinge(reward, self.hinge)
         if weights is not None:
-            loss = weights.to(loss) * loss
-        (scale * loss.mean()).backward(inputs=leaf)
+            loss = weights.to(loss).repeat(count) * loss
+        (scale * count * loss.mean()).backward(inputs=leaf)
         x_0_hat.backward(leaf.grad)
 
         computed = (x_t, model_out, leaf, images, r_positive, r_negative, reward, loss, leaf.grad)
-        return Trace(injection.branch, *(tensor.detach() for tensor in computed))
+        by_branch = zip(*(tensor.detach().chunk(count) for tensor in computed), strict=True)
+        return [Trace(one.branch, *tensors) for one, tensors in zip(injections, by_branch, strict=True)]
 
     @torch.no_grad()
-    def gap(self, images: Tensor, prompts: Sequence[str], *, generator: torch.Generator | None = None) -> Tensor:
+    def gap(self, images: Tensor, prompts: Sequence[str], *, generator: Generators = None) -> Tensor:
         """Semantic gap of decoded pictures, over all control words so that every step measures the same.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
             prompts: B prompts, without control words.
-            generator: CPU generator of the augmentation, which the pictures go through as in training.
+            generator: of the augmentation, which the pictures go through as in training.
 
         Returns the mean reward for the positive texts minus that for the negative ones, (B,).
         """
         return self.control_words.gap(self._scores(images, prompts, self.control_words.all, generator))
 
     def _scores(
-        self, images: Tensor, prompts: Sequence[str], words: Sequence[str], generator: torch.Generator | None
+        self, images: Tensor, prompts: Sequence[str], words: Sequence[str], generator: Generators
     ) -> tuple[Tensor, ...]:
         """Reward (B,) of the pictures, augmented once, for each word put to their prompts."""
         if self.augment:

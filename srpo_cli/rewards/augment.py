@@ -6,6 +6,7 @@ reward, visible to people.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +26,13 @@ class Augment:
     shift: int = 0
     noise: float = 0.0
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Change ``images`` (B, 3, H, W), drawing from a CPU ``generator``. Same shape; noise may leave [0,
-        1]."""
+    def __call__(self, images: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+        """Change ``images`` (B, 3, H, W), drawing from a CPU ``generator`` or from one for each picture.
+
+        Same shape; noise may leave [0, 1].
+        """
+        if isinstance(generator, Sequence):
+            return torch.cat([self(image[None], own) for image, own in zip(images, generator, strict=True)])
         if self.shift:
             images = self._translate(images, generator)
         if self.noise:

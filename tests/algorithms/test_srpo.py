@@ -141,11 +141,28 @@ def test_the_augmentation_is_as_random_as_its_generator() -> None:
     assert not torch.equal(first, other)
 
 
+def test_both_branches_in_one_pass_give_the_same_gradient_with_half_the_calls() -> None:
+    srpo, rollout = make_srpo(augment=Augment(shift=2, noise=0.1)), make_rollout()
+    pair = DRAWS.draw(3, seeded())
+    options = {"weights": torch.tensor([1.0, -0.5, 0.2])}
+    metrics, gradients, calls = [], [], []
+    for batched in (False, True):
+        srpo.model.zero_grad()
+        srpo.model.asked.clear()
+        generators = [seeded(i) for i in range(3)]
+        metrics.append(srpo.backward(rollout, pair, 0, generator=generators, batched=batched, **options))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in srpo.model.parameters()]))
+        calls.append([len(sigma) for sigma in srpo.model.asked])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(metrics[0], metrics[1], rtol=1e-12, atol=1e-15)
+    assert calls == [[3, 3], [6]]
+
+
 def test_metrics_tell_loss_reward_and_gap_by_branch() -> None:
     metrics = make_srpo().backward(make_rollout(), DRAWS.draw(3, seeded()), 0)
     assert set(metrics) == {"loss"} | {f"{b}/{m}" for b in ("denoise", "invert") for m in ("loss", "reward", "gap")}
-    assert metrics["loss"] == pytest.approx(metrics["denoise/loss"] + metrics["invert/loss"])
-    assert metrics["denoise/loss"] == pytest.approx(-metrics["denoise/reward"] / 2)
+    torch.testing.assert_close(metrics["loss"], metrics["denoise/loss"] + metrics["invert/loss"])
+    torch.testing.assert_close(metrics["denoise/loss"], -metrics["denoise/reward"] / 2)
 
 
 # --- twenty steps ---------------------------------------------------------------------------------------
@@ -165,7 +182,7 @@ def train(target: Target | None = None, steps: int = 20) -> list[float]:
         gaps.append(gap.mean().item())
         if target:
             target.update(gaps[-1])
-        for pair in DRAWS.pairs(4, 2, seeded(step)):
+        for pair in DRAWS.pairs([seeded(4 * step + i) for i in range(4)], 2):
             optimizer.zero_grad()
             weights = target.weights(gap) if target else None
             srpo.backward(Rollout(x_0, eps, prompts, None, SIZE), pair, step, weights=weights, generator=seeded(step))
@@ -212,10 +229,22 @@ def test_weight_curves_reach_the_draws() -> None:
 
 
 def test_pairs_of_a_rollout_are_independent_unless_shared() -> None:
-    first, second = DRAWS.pairs(4, 2, seeded())
+    first, second = DRAWS.pairs([seeded(i) for i in range(4)], 2)
     assert not torch.equal(first[0].sigma, second[0].sigma)
-    first, second = ReferenceDraws().pairs(4, 2, seeded())
+    first, second = ReferenceDraws().pairs([seeded(i) for i in range(4)], 2)
     assert torch.equal(first[0].sigma, second[0].sigma)
+
+
+@pytest.mark.parametrize("draws", [DRAWS, ReferenceDraws()])
+def test_a_sample_is_drawn_alike_in_a_batch_of_any_size(draws: SigmaDraws | ReferenceDraws) -> None:
+    together = draws.pairs([seeded(i) for i in range(3)], 2)
+    for sample in range(3):
+        alone = draws.pairs([seeded(sample)], 2)
+        for pair, own in zip(together, alone, strict=True):
+            for one, other in zip(pair, own, strict=True):
+                assert one.sigma[sample] == other.sigma[0]
+                assert one.positive_weight[sample] == other.positive_weight[0]
+    assert len(together[0][0].sigma.unique()) == 3
 
 
 def test_draws_repeat_with_their_seed_and_branches_can_be_left_out() -> None:

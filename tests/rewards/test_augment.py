@@ -52,3 +52,9 @@ def test_the_gradient_of_a_translation_counts_every_pixel_once_or_reflected() ->
     images = IMAGES.clone().requires_grad_()
     Augment(shift=3, noise=0.1)(images, seeded()).sum().backward()
     assert images.grad.sum() == images.numel()
+
+
+def test_with_a_generator_each_a_picture_is_changed_alike_in_any_batch() -> None:
+    together = Augment(shift=3, noise=0.1)(IMAGES, [seeded(i) for i in range(6)])
+    alone = [Augment(shift=3, noise=0.1)(IMAGES[i : i + 1], [seeded(i)]) for i in range(6)]
+    assert torch.equal(together, torch.cat(alone))
