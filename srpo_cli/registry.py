@@ -123,10 +123,15 @@ MODELS = Registry(
     "model",
     {
         "flux.1-dev": "srpo_cli.models.flux:load_flux",
+        "flux.1-krea-dev": "srpo_cli.models.flux:load_flux",
         "miniature": "srpo_cli.models.flux:load_flux",
+        "*.safetensors": "srpo_cli.models.flux:load_flux",
         "*/*": "srpo_cli.models.flux:load_flux",
     },
-    families={"*/*": "a folder, or OWNER/NAME of the Hugging Face Hub"},
+    families={
+        "*.safetensors": "the FILE.safetensors of a transformer",
+        "*/*": "a folder, or OWNER/NAME of the Hugging Face Hub",
+    },
 )
 
 REWARDS = Registry(
@@ -160,10 +165,10 @@ def check_parts(model: str, reward: str, algorithm: str) -> None:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Files on the Hugging Face Hub that a named model or reward needs before it can run.
+    """Files on the Hugging Face Hub that a named model, reward or set of prompts needs before it can run.
 
     ``exclude`` names what the repository holds beside them; ``note`` is a condition of the download; ``size`` is
-    that of all files together.
+    that of all files together, empty where it is not known; ``repo_type`` is "model" or "dataset".
     """
 
     repo: str
@@ -171,6 +176,7 @@ class HubFiles:
     exclude: tuple[str, ...] = ()
     note: str = ""
     size: str = ""
+    repo_type: str = "model"
 
     @property
     def origin(self) -> str:
@@ -180,9 +186,10 @@ class HubFiles:
     @property
     def download(self) -> str:
         """The command that fetches the files into the Hub cache."""
+        kind = [] if self.repo_type == "model" else ["--repo-type", self.repo_type]
         if self.exclude:
-            return " ".join(["hf download", self.repo, *(f"--exclude {name}" for name in self.exclude)])
-        return " ".join(["hf download", self.repo, *self.files])
+            return " ".join(["hf download", self.repo, *(f"--exclude {name}" for name in self.exclude), *kind])
+        return " ".join(["hf download", self.repo, *self.files, *kind])
 
 
 @dataclass(frozen=True)
@@ -220,9 +227,10 @@ class WebFile:
         return f"curl -L --create-dirs -o {self.place} {self.url}"
 
 
-HUB_FILES = {
-    "flux.1-dev": HubFiles(
-        repo="black-forest-labs/FLUX.1-dev",
+def _flux(repo: str, single_file: str) -> HubFiles:
+    """A gated repository of Black Forest Labs that holds a whole FLUX pipeline, 12 billion weights in bfloat16."""
+    return HubFiles(
+        repo,
         files=(
             "model_index.json",
             "scheduler/scheduler_config.json",
@@ -236,10 +244,15 @@ HUB_FILES = {
             "transformer/diffusion_pytorch_model-00003-of-00003.safetensors",
             "vae/diffusion_pytorch_model.safetensors",
         ),
-        exclude=("flux1-dev.safetensors", "ae.safetensors"),
-        note="gated: first accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev "
-        "and run `hf auth login`",
-    ),
+        exclude=(single_file, "ae.safetensors"),
+        note=f"gated: first accept its licence at https://huggingface.co/{repo} and run `hf auth login`",
+        size="33.7 GB",
+    )
+
+
+HUB_FILES = {
+    "flux.1-dev": _flux("black-forest-labs/FLUX.1-dev", "flux1-dev.safetensors"),
+    "flux.1-krea-dev": _flux("black-forest-labs/FLUX.1-Krea-dev", "flux1-krea-dev.safetensors"),
 }
 """What a named model needs."""
 
@@ -286,3 +299,6 @@ REWARD_FILES: dict[str, tuple[HubFiles | WebFile, ...]] = {
     "pickscore:cosine": _PICKSCORE,
 }
 """What a named reward needs; the first file of the first entry is the one that ``--weights NAME=FILE`` stands for."""
+
+PROMPT_FILES = {"hpdv2": HubFiles("ymhao/HPDv2", ("train.json",), repo_type="dataset")}
+"""Where named sets of training prompts are."""

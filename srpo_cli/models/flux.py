@@ -1,15 +1,15 @@
 """The FLUX family through diffusers: FLUX.1-dev, the miniature of its layout, fine-tuned copies of either.
 
 Latents travel packed, as the transformer takes them: (B, tokens, 4 * channels), one token per 2x2 latents.
-Sigma becomes the model's clock in :meth:`Flux.velocity` only; :meth:`Flux.sample` draws what ``FluxPipeline``
-draws.
+Sigma becomes the model's clock in :meth:`Flux.velocity` and :meth:`Flux.sample` only; the latter draws what
+``FluxPipeline`` draws.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,37 +18,37 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from diffusers.loaders import FluxLoraLoaderMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from srpo_cli.core.sampling import euler_sample
 from srpo_cli.core.schedule import shifted_sigmas, truncate_to_clock
 from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
-from srpo_cli.registry import HUB_FILES
+from srpo_cli.models.flux_files import (
+    PARTS,
+    TEXT_PARTS,
+    Download,
+    load_helper,
+    load_model,
+    load_text_parts,
+    load_transformer,
+    make_transformer,
+    pipeline_folder,
+    tuned_weights,
+)
+from srpo_cli.models.flux_lora import LowRank, add_lora, fuse_lora, has_lora, load_lora, save_lora
+from srpo_cli.models.flux_text import LONGEST_PROMPT, EncodeOne, PromptEncoder
+from srpo_cli.models.quantised import float8_linears
 
 Size = tuple[int, int]  # height, width in px
 
 _CLOCK = 1000  # the transformer multiplies the time it is given by this
-_LONGEST_PROMPT = 512  # T5 tokens; FLUX was trained with no more
 _PROMPTS_KEPT = 512  # encoded prompts in memory, 4 MiB each for FLUX.1-dev
-_LORA_FILE = "pytorch_lora_weights.safetensors"
-_FROZEN: dict[str, Any] = {
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": T5EncoderModel,
-}
-_HELPERS: dict[str, Any] = {
-    "scheduler": FlowMatchEulerDiscreteScheduler,
-    "tokenizer": CLIPTokenizer,
-    "tokenizer_2": T5TokenizerFast,
-}
+_FAST_ATTENTION = ("_flash_3", "_native_cudnn")  # in this order, where they work; "native" has the rest in it
+_CUDNN_FROM = (9, 0)  # CUDA capability: before Hopper the flash attention inside "native" is as fast
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,13 @@ class LatentSpace:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What noise is made in."""
+        """What the model computes in."""
         return self.vae.dtype
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """What noise is made in and latents are kept in."""
+        return self.dtype
 
     def _grid(self, size: Size) -> Size:
         """Rows and columns of tokens; UsageError for a size that the model cannot make."""
@@ -114,12 +119,13 @@ class LatentSpace:
         """
         rows, columns = self._grid(size)
         shape = (count, self.vae.config.latent_channels, 2 * rows, 2 * columns)
-        return _pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype))
+        return _pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.latent_dtype))
 
     def decode(self, packed_latents: Tensor, size: Size) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] of clean packed latents; float32 or wider, differentiable."""
         latents = _unpack(packed_latents, *self._grid(size)) / self._vae_scale + self._vae_shift
-        pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+        with self._own_arithmetic():
+            pixels = self.vae.decode(latents.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
         pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
         return (pixels / 2 + 0.5).clamp(0, 1)
 
@@ -128,8 +134,13 @@ class LatentSpace:
         """Packed latents of pictures (B, 3, H, W) in [0, 1]: the mean of the VAE's posterior, no sampling."""
         self._grid(images.shape[-2:])
         pixels = (2 * images - 1).to(self.vae.device, self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode()
-        return _pack((latents - self._vae_shift) * self._vae_scale)
+        with self._own_arithmetic():
+            latents = self.vae.encode(pixels).latent_dist.mode()
+        return _pack(((latents - self._vae_shift) * self._vae_scale).to(self.latent_dtype))
+
+    def _own_arithmetic(self) -> AbstractContextManager[None]:
+        """Keep a caller's autocast out of the autoencoder: it would put normalisations into float32."""
+        return torch.autocast(self.vae.device.type, enabled=False)
 
 
 class Flux(LatentSpace):
@@ -138,8 +149,10 @@ class Flux(LatentSpace):
     Args:
         transformer, vae, scheduler: the parts of a ``FluxPipeline``. VAE and text encoders are frozen here.
         text_encoder, text_encoder_2, tokenizer, tokenizer_2: CLIP and T5; not needed if prompts come encoded.
-        max_sequence_length: T5 tokens per prompt; longer prompts are cut.
-        name: what messages and logs call this model.
+        max_sequence_length: T5 tokens that every prompt is padded or cut to.
+        name: what messages call this model.
+        latent_dtype: what noise and the sampler's state are kept in; None: the transformer's dtype, as in
+            ``FluxPipeline``.
     """
 
     def __init__(
@@ -151,20 +164,20 @@ class Flux(LatentSpace):
         text_encoder_2: T5EncoderModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
         tokenizer_2: T5TokenizerFast | None = None,
-        *,
-        max_sequence_length: int = _LONGEST_PROMPT,
+        max_sequence_length: int = LONGEST_PROMPT,
         name: str = "flux",
+        latent_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(vae, name)
-        for frozen in (text_encoder, text_encoder_2):
-            if frozen is not None:
-                frozen.requires_grad_(False).eval()
         self.transformer = transformer
         self.scheduler = scheduler
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
-        self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
-        self.max_sequence_length = max_sequence_length
-        self._encode_prompt = lru_cache(maxsize=_PROMPTS_KEPT)(self._encode_prompt)
+        self.encode_one: EncodeOne | None = None
+        """Where encoded prompts come from."""
+        self._latent_dtype = latent_dtype
+        if text_encoder is not None and text_encoder_2 is not None:
+            encoder = PromptEncoder(text_encoder, text_encoder_2, tokenizer, tokenizer_2, max_sequence_length)
+            self.encode_one = lru_cache(maxsize=_PROMPTS_KEPT)(encoder.encode)
 
     @property
     def device(self) -> torch.device:
@@ -172,38 +185,121 @@ class Flux(LatentSpace):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.dtype
+        return self.transformer.x_embedder.weight.dtype  # blocks may be quantised, and a LoRA is float32
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        return self._latent_dtype or self.dtype
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The transformer's parameters, or those of its LoRA where one is loaded."""
+        """The transformer's parameters, or those of its LoRA where there is one."""
         return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
 
     def save_weights(self, folder: Path) -> None:
         """Write what is trained, in the layout that :func:`load_flux` takes as ``weights``."""
-        adapters = getattr(self.transformer, "peft_config", None)
-        if not adapters:
+        if self.has_lora:
+            save_lora(self.transformer, folder)
+        else:
             self.transformer.save_pretrained(folder)
-            return
-        (name,) = adapters
-        FluxLoraLoaderMixin.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=name),
-            transformer_lora_adapter_metadata=adapters[name].to_dict(),
-        )
+
+    # --- LoRA -----------------------------------------------------------------------------------------
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether there is a LoRA, loaded or added, that is not folded in."""
+        return has_lora(self.transformer)
+
+    def add_lora(
+        self, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None, seed: int = 0
+    ) -> None:
+        """Train a LoRA from here on, and nothing else; see :func:`srpo_cli.models.flux_lora.add_lora`."""
+        add_lora(self.transformer, rank, alpha, targets, torch.Generator().manual_seed(seed))
+
+    def fuse_lora(self) -> dict[str, LowRank]:
+        """Fold a LoRA into the weights and train all of them; see :func:`srpo_cli.models.flux_lora.fuse_lora`."""
+        return fuse_lora(self.transformer)
+
+    # --- memory and speed -----------------------------------------------------------------------------
+
+    def checkpoint_blocks(self, transformer: bool, vae: bool) -> None:
+        """Recompute each block in its backward pass, or keep its activations; without gradient neither happens."""
+        for part, wanted in ((self.transformer, transformer), (self.vae, vae)):
+            if wanted:
+                part.enable_gradient_checkpointing()
+            else:
+                part.disable_gradient_checkpointing()
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the transformer's repeated blocks, each kind once, whole and on its first call."""
+        self.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+
+    def use_attention(self, name: str = "auto") -> str:
+        """Choose the attention backend by diffusers' name and return it.
+
+        "auto" takes the fastest one that is installed and works here, forward and backward. Raises UsageError for a
+        name that is none or does not work here, MissingError for a package that is not installed.
+        """
+        if name != "auto":
+            self._set_attention(name)
+            return name
+        for candidate in _FAST_ATTENTION if self._may_be_faster() else ():
+            with suppress(SrpoError):
+                self._set_attention(candidate)
+                return candidate
+        self._set_attention("native")
+        return "native"
+
+    def _may_be_faster(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= _CUDNN_FROM
+
+    def _set_attention(self, name: str) -> None:
+        try:
+            with attention_backend("native"):  # diffusers would make it that of every other model, too
+                self.transformer.set_attention_backend(name)
+                self._try_attention(name)
+        except ValueError as error:
+            known = [backend.value for backend in AttentionBackendName]
+            raise UsageError.unknown("attention backend", name, ["auto", *known]) from error
+        except (RuntimeError, ImportError) as error:
+            raise MissingError(f"attention {name} is not installed here ({one_line(error)}): or set auto") from error
+
+    def _try_attention(self, name: str) -> None:
+        """One pass forward and backward over a few tokens, as the transformer would make it."""
+        heads = (1, 128, 1, self.transformer.config.attention_head_dim)
+        try:
+            q, k, v = (torch.zeros(heads, dtype=self.dtype, device=self.device, requires_grad=True) for _ in range(3))
+            with torch.enable_grad():
+                dispatch_attention_fn(q, k, v, backend=AttentionBackendName(name)).sum().backward()
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            self.transformer.set_attention_backend("native")
+            where = f"{self.dtype} on {self.device.type}".removeprefix("torch.")
+            raise UsageError(f"attention {name} does not work in {where} ({one_line(error)}): set auto") from error
+
+    def float8_rollouts(self) -> AbstractContextManager[None]:
+        """Compute the blocks' linear layers in float8 while this is open; for sampling only, it has no gradient.
+
+        See :func:`srpo_cli.models.quantised.float8_linears`. Weights that are sharded must be gathered before.
+        """
+        blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+        return float8_linears(nn.ModuleList(blocks), self.device)
+
+    # --- prompts --------------------------------------------------------------------------------------
+
+    def release_text_encoders(self, encode_one: EncodeOne | None = None) -> None:
+        """Let the text encoders go; from here on encoded prompts come from ``encode_one``."""
+        self.text_encoder = self.text_encoder_2 = None
+        self.encode_one = lru_cache(maxsize=_PROMPTS_KEPT)(encode_one) if encode_one else None
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode N prompts, each distinct one once, to the model's device and dtype."""
+        if self.encode_one is None:
+            raise RuntimeError(f"{self.name} has no text encoders: it was loaded without them")
         # One at a time: to the last bit, an encoding must not depend on which prompts were cached already.
-        embeds, pooled = zip(*(self._encode_prompt(prompt) for prompt in prompts), strict=True)
+        embeds, pooled = zip(*(self.encode_one(prompt) for prompt in prompts), strict=True)
         text_ids = torch.zeros(embeds[0].shape[0], 3)
         return Conditioning(torch.stack(embeds), torch.stack(pooled), text_ids).to(self.device, self.dtype)
 
-    @torch.no_grad()
-    def _encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """T5 states (L, D) and pooled CLIP (D') of one prompt, on the CPU."""
-        clip = _read(self.text_encoder, self.tokenizer, prompt, self.tokenizer.model_max_length)
-        t5 = _read(self.text_encoder_2, self.tokenizer_2, prompt, self.max_sequence_length)
-        return t5.last_hidden_state[0].cpu(), clip.pooler_output[0].cpu()
+    # --- the flow -------------------------------------------------------------------------------------
 
     def sigmas(self, steps: int, size: Size, shift: float | None = None) -> Tensor:
         """Sampling sigmas (steps + 1,) from about 1 down to 0, float32 on the CPU.
@@ -238,14 +334,22 @@ class Flux(LatentSpace):
             guidance: distilled guidance scale; ignored by models that were not trained with one.
             size: height and width of the picture, px.
 
-        Returns packed velocity, shaped like ``packed_latents``.
+        Returns packed velocity, shaped like ``packed_latents``, in the model's dtype.
         """
+        return self._velocity(packed_latents, self._ticks(sigma), conditioning, guidance, size)
+
+    def _ticks(self, sigma: Tensor) -> Tensor:
+        """Sigmas as the transformer's clock; rounded to the dtype as ticks, as diffusers does, not as fractions."""
+        return (sigma * _CLOCK).to(self.device, self.dtype)
+
+    def _velocity(
+        self, packed_latents: Tensor, ticks: Tensor, conditioning: Conditioning, guidance: float, size: Size
+    ) -> Tensor:
         batch, device = packed_latents.shape[0], self.device
         distilled = self.transformer.config.guidance_embeds
         return self.transformer(
             hidden_states=packed_latents.to(device, self.dtype),
-            # Rounded to the dtype as a tick, not as a fraction, as diffusers does: bfloat16 tells them apart.
-            timestep=(sigma * _CLOCK).to(device, self.dtype).expand(batch) / _CLOCK,
+            timestep=ticks.expand(batch) / _CLOCK,
             guidance=torch.full((batch,), guidance, device=device) if distilled else None,
             pooled_projections=conditioning.pooled,
             encoder_hidden_states=conditioning.prompt_embeds,
@@ -276,20 +380,14 @@ class Flux(LatentSpace):
 
         Returns packed clean latents, shaped like ``noise``.
         """
+        sigmas = self.sigmas(steps, size, shift)
+        # On the device before the first step, all at once: a copy in each would make the host wait for the device.
+        ticks = iter(self._ticks(truncate_to_clock(sigmas, _CLOCK) if truncate_time else sigmas))
 
-        def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            told = truncate_to_clock(sigma, _CLOCK) if truncate_time else sigma
-            return self.velocity(latents, told, conditioning, guidance, size)
+        def velocity(latents: Tensor, _sigma: Tensor) -> Tensor:
+            return self._velocity(latents, next(ticks), conditioning, guidance, size).to(self.latent_dtype)
 
-        return euler_sample(velocity, noise.to(self.device, self.dtype), self.sigmas(steps, size, shift))
-
-
-def _read(encoder: Any, tokenizer: Any, prompt: str, length: int) -> Any:
-    """A text encoder's output for one prompt, padded or cut to ``length`` tokens."""
-    fixed = {"padding": "max_length", "max_length": length, "truncation": True}
-    ids = tokenizer([prompt], return_tensors="pt", **fixed).input_ids.to(encoder.device)
-    with torch.autocast(encoder.device.type, enabled=False):  # what is cached must not depend on the caller
-        return encoder(ids)
+        return euler_sample(velocity, noise.to(self.device, self.latent_dtype), sigmas.to(self.device))
 
 
 def _pack(latents: Tensor) -> Tensor:
@@ -317,37 +415,61 @@ def load_flux(
     name: str,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
-    weights: str | Path | None = None,
+    weights: str | Path | Sequence[str | Path] | None = None,
     frozen_dtype: torch.dtype | None = None,
+    *,
+    text_encoders: bool = True,
+    base: str = "model",
+    latent_dtype: torch.dtype | None = None,
+    download: Download | None = None,
+    literal: bool = False,
+    empty: bool = False,
 ) -> Flux:
-    """Load a FLUX-layout pipeline from local files; nothing is downloaded and only safetensors are read.
+    """Load a FLUX-layout pipeline from local files, of which only safetensors are read.
 
     Args:
-        name: "flux.1-dev", "miniature", a folder in diffusers' pipeline layout, or a repository of the
-            Hugging Face Hub that is in the local cache.
-        dtype, device: what and where it runs; the CPU always computes in float32.
-        weights: a tuned transformer (folder of ``save_pretrained``) in place of the pipeline's own, or a LoRA
-            on top of it (``pytorch_lora_weights.safetensors`` or the folder around it).
+        name: "flux.1-dev", "flux.1-krea-dev", "miniature", a folder in diffusers' pipeline layout, a repository of
+            the Hugging Face Hub, or the single file of a transformer, whose other parts are FLUX.1-dev's.
+        dtype, device: what and where it runs; the CPU computes in float32.
+        weights: a tuned transformer (folder of ``save_pretrained``, or one file in diffusers' or Black Forest Labs'
+            layout) in place of the pipeline's own, a LoRA on top of it (a file, or the folder around it), or both.
+            A LoRA is what is trained from then on.
         frozen_dtype: what VAE and text encoders run in, where a float32 transformer would not leave them room.
+        text_encoders: False leaves them unread; prompts then come from :meth:`Flux.release_text_encoders`.
+        base: "float8", "int8" or "nf4" keeps the blocks' linear layers, modulation included, weight-only quantised
+            and the transformer frozen, for a LoRA; "model": everything in ``dtype``.
+        latent_dtype: see :class:`Flux`.
+        download: fetches what is not here; None: nothing is downloaded.
+        literal: take both dtypes at their word on the CPU, too.
+        empty: leave the transformer's weights unread, on the meta device; see
+            :func:`srpo_cli.models.flux_files.read_weights`. Not with a LoRA.
 
     Raises MissingError with the command that fetches what is not here, SrpoError for files that do not fit.
     """
-    if torch.device(device).type == "cpu":
+    if torch.device(device).type == "cpu" and not literal:
         dtype = frozen_dtype = torch.float32
-    folder, lora = _pipeline_folder(name), _lora_file(weights)
-    transformer = folder / "transformer" if weights is None or lora else Path(weights)
+    tuned = tuned_weights(name, weights)
+    wanted = [part for part in PARTS if text_encoders or part not in TEXT_PARTS]
+    if tuned.transformer:
+        wanted.remove("transformer")  # its configuration is enough, and comes with every part of it
+    folder = pipeline_folder(name, wanted, download)
+    source = tuned.transformer or folder / "transformer"
 
-    parts = {part: _load_helper(cls, folder / part) for part, cls in _HELPERS.items()}
-    parts["transformer"] = _load_model(FluxTransformer2DModel, transformer, dtype)
-    for part, cls in _FROZEN.items():
-        parts[part] = _load_model(cls, folder / part, frozen_dtype or dtype)
-    _check_fit(parts, transformer)
-    if lora:
-        _add_lora(parts["transformer"], lora)
-    for part in ("transformer", *_FROZEN):
-        parts[part].to(device)
-    longest = min(parts["tokenizer_2"].model_max_length, _LONGEST_PROMPT)
-    return Flux(**parts, max_sequence_length=longest, name=name)
+    parts = {"scheduler": load_helper(FlowMatchEulerDiscreteScheduler, folder / "scheduler")}
+    if empty and tuned.lora:
+        raise UsageError(f"{tuned.lora} cannot be folded into weights that are not read whole: merge it first")
+    parts["transformer"] = (
+        make_transformer(source, folder).to(dtype) if empty else load_transformer(source, folder, dtype, device, base)
+    )
+    parts["vae"] = load_model(AutoencoderKL, folder / "vae", frozen_dtype or dtype).to(device)
+    if text_encoders:
+        parts |= load_text_parts(folder, frozen_dtype or dtype, device)
+    _check_fit(parts, source)
+    if base != "model":
+        parts["transformer"].requires_grad_(False)
+    if tuned.lora:
+        load_lora(parts["transformer"], tuned.lora)
+    return Flux(**parts, name=name, latent_dtype=latent_dtype)
 
 
 def load_latent_space(
@@ -357,108 +479,18 @@ def load_latent_space(
 
     Raises what :func:`load_flux` raises.
     """
-    folder = _pipeline_folder(name, "vae")
-    vae = _load_model(AutoencoderKL, folder / "vae", torch.float32 if torch.device(device).type == "cpu" else dtype)
+    folder = pipeline_folder(name, ("vae",))
+    vae = load_model(AutoencoderKL, folder / "vae", torch.float32 if torch.device(device).type == "cpu" else dtype)
     return LatentSpace(vae.to(device), name)
-
-
-def _pipeline_folder(name: str, part: str = "") -> Path:
-    """The local folder of a pipeline by its name; of the Hub's files only those of ``part`` must be there."""
-    if name == "miniature":
-        from srpo_cli.miniature import WEIGHTS
-
-        if not (WEIGHTS / "pipeline").is_dir():
-            raise MissingError(f"The miniature's weights are not in {WEIGHTS / 'pipeline'}; reinstall srpo-cli.")
-        return WEIGHTS / "pipeline"
-    if Path(name).is_dir():
-        return Path(name)
-    hub = HUB_FILES.get(name)
-    repo = hub.repo if hub else name
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
-        raise UsageError(f"Model {name!r} is neither a known name, nor a folder, nor a Hugging Face repository.")
-    command = hub.download if hub else f"hf download {repo}"
-    if part:
-        command = f'hf download {repo} --include "{part}/*"'
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise MissingError(f"{name} is not in the Hugging Face cache; fetch it with: {command}") from error
-    needed = hub.files if hub else (f"{part}/config.json" if part else "model_index.json",)
-    for file in (file for file in needed if file.startswith(part)):
-        if not (folder / file).is_file():
-            raise MissingError(f"{name} is incomplete in the Hugging Face cache ({file}); continue with: {command}")
-    return folder
-
-
-def _lora_file(weights: str | Path | None) -> Path | None:
-    """The LoRA file that ``weights`` is or holds; None for a whole transformer."""
-    if weights is None:
-        return None
-    path = Path(weights)
-    if not path.exists():
-        raise MissingError(f"Weights {path} not found.")
-    if path.is_dir():
-        return path / _LORA_FILE if (path / _LORA_FILE).is_file() else None
-    if path.suffix != ".safetensors":
-        raise UsageError(f"Weights {path}: only safetensors are read, as a LoRA file or a transformer's folder.")
-    return path
-
-
-def _load_helper(cls: Any, folder: Path) -> Any:
-    """A scheduler or tokenizer, which hold no tensors."""
-    if not folder.is_dir():
-        raise MissingError(f"No {folder.name} in {folder.parent}; a FLUX pipeline has one.")
-    try:
-        return cls.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SrpoError(f"Cannot load {folder}: {one_line(error)}") from error
-
-
-def _load_model(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A model from a ``save_pretrained`` folder; every one of its tensors must be there and fit."""
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise MissingError(f"No {cls.__name__} in {folder}: config.json and *.safetensors are needed.")
-    try:
-        model, info = cls.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SrpoError(f"Cannot load {folder}: {one_line(error)}") from error
-    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise SrpoError(f"{folder} does not hold a {cls.__name__}: {len(wrong)} tensors missing or misshapen.")
-    return model
 
 
 def _check_fit(parts: dict[str, Any], source: Path) -> None:
     """Refuse a transformer that was made for other text encoders or another VAE."""
     config = parts["transformer"].config
-    for what, wanted, given in (
-        ("VAE channels", config.in_channels // 4, parts["vae"].config.latent_channels),
-        ("T5 width", config.joint_attention_dim, parts["text_encoder_2"].config.d_model),
-        ("CLIP width", config.pooled_projection_dim, parts["text_encoder"].config.hidden_size),
-    ):
+    pairs = [("VAE channels", config.in_channels // 4, parts["vae"].config.latent_channels)]
+    if "text_encoder" in parts:
+        pairs.append(("T5 width", config.joint_attention_dim, parts["text_encoder_2"].config.d_model))
+        pairs.append(("CLIP width", config.pooled_projection_dim, parts["text_encoder"].config.hidden_size))
+    for what, wanted, given in pairs:
         if wanted != given:
             raise SrpoError(f"The transformer in {source} is for another pipeline: {what} {wanted}, here {given}.")
-
-
-def _add_lora(transformer: FluxTransformer2DModel, file: Path) -> None:
-    """Load a LoRA in diffusers' layout (``transformer.<module>.lora_A.weight``) on top of ``transformer``."""
-    modules = dict(transformer.named_modules())
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-        foreign = [name for name in names if _lora_module(name) not in modules]
-        if foreign or not names:
-            raise SrpoError(
-                f"{file} is not a LoRA of this transformer in diffusers' layout: {(foreign or ['empty'])[0]}."
-            )
-        transformer.load_lora_adapter(file.parent, weight_name=file.name, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SrpoError(f"Cannot load LoRA {file}: {one_line(error)}") from error
-
-
-def _lora_module(name: str) -> str | None:
-    """The module that a LoRA tensor belongs to, None if it is not a LoRA tensor of the transformer."""
-    match = re.fullmatch(r"transformer\.(.+)\.lora_[AB]\.weight", name)
-    return match[1] if match else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from srpo_cli.models.flux_layout import bfl_pieces
 
 
 def make_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
@@ -101,3 +104,20 @@ def fixed_shift_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fixed")
     make_pipeline(shift=1.7, use_dynamic_shifting=False).save_pretrained(folder)
     return folder
+
+
+def to_bfl(state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    """A transformer's tensors as Black Forest Labs' code names and stacks them: the way back of what is read."""
+    stacked: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for name, piece in bfl_pieces({name: tensor.shape for name, tensor in state.items()}).items():
+        tensor = torch.cat(state[name].chunk(2)[::-1]) if piece.swapped else state[name]
+        stacked.setdefault(prefix + piece.name, []).append((piece.start, tensor))
+    return {
+        name: torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+        for name, parts in stacked.items()
+    }
+
+
+@pytest.fixture(name="to_bfl")
+def give_to_bfl():
+    return to_bfl

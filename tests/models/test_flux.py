@@ -258,7 +258,7 @@ def test_missing_models_tell_the_command_that_fetches_them(monkeypatch: pytest.M
 
 def test_a_download_that_stopped_half_way_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").touch()
-    monkeypatch.setattr("srpo_cli.models.flux.snapshot_download", lambda repo, **_: str(tmp_path))
+    monkeypatch.setattr("srpo_cli.models.flux_files.snapshot_download", lambda repo, **_: str(tmp_path))
     with pytest.raises(MissingError, match=r"scheduler/scheduler_config\.json.*continue with: hf download"):
         load_flux("flux.1-dev")
 
@@ -320,11 +320,12 @@ def test_damaged_or_foreign_weights_are_one_line(pipeline_folder: Path, tmp_path
 def test_a_damaged_or_foreign_lora_is_one_line(pipeline_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "some.safetensors"
     file.write_bytes(b"not a tensor file")
-    with pytest.raises(SrpoError, match="Cannot load LoRA"):
+    with pytest.raises(SrpoError, match=r"Cannot read .*some\.safetensors"):
         load_flux(str(pipeline_folder), weights=file)
     save_file({"lora_unet_double_blocks_0.lora_down.weight": torch.zeros(2, 2)}, file)
-    with pytest.raises(SrpoError, match="lora_unet_double_blocks_0"):
+    with pytest.raises(SrpoError, match="LoRA") as failure:
         load_flux(str(pipeline_folder), weights=file)
+    assert "\n" not in str(failure.value) and len(str(failure.value)) < 400
 
 
 def test_only_safetensors_are_read(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -383,7 +384,7 @@ def test_a_missing_autoencoder_is_named_with_the_command_that_fetches_it_alone(
 def test_of_a_download_only_the_autoencoder_must_be_there(
     monkeypatch: pytest.MonkeyPatch, vae_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("srpo_cli.models.flux.snapshot_download", lambda repo, **_: str(tmp_path))
+    monkeypatch.setattr("srpo_cli.models.flux_files.snapshot_download", lambda repo, **_: str(tmp_path))
     with pytest.raises(MissingError, match=r"vae/diffusion_pytorch_model\.safetensors"):
         load_latent_space("flux.1-dev")
     shutil.copytree(vae_folder / "vae", tmp_path / "vae")
