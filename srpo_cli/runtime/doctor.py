@@ -12,16 +12,31 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from srpo_cli.errors import UsageError
 from srpo_cli.miniature import WEIGHTS
-from srpo_cli.registry import HUB_FILES, REWARD_FILES, REWARDS, HubFiles, PluginFile, WebFile
+from srpo_cli.registry import HUB_FILES, PROMPT_FILES, REWARD_FILES, REWARDS, HubFiles, PluginFile, WebFile
 from srpo_cli.trust import check_trusted
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "huggingface_hub", "open_clip_torch")
+EXTRAS = {
+    "bitsandbytes": "for memory.adam=8bit and lora.base=nf4",
+    "pyarrow": "for prompts in parquet files",
+}
+"""Packages that only some settings need."""
+
+ATTENTION = {
+    "flash_attn": "FlashAttention 2 (flash)",
+    "flash_attn_interface": "FlashAttention 3 (_flash_3)",
+    "sageattention": "SageAttention (sage), without a gradient",
+    "xformers": "xFormers (xformers)",
+}
+"""Packages that bring an attention backend, and what ``model.attention`` calls it."""
+
 _GIB = 2**30
 
 
@@ -63,6 +78,16 @@ def accelerators() -> list[Device]:
 def check_packages() -> list[Check]:
     """Python and the packages that everything rests on."""
     return [Check("python", ok=True, found=platform.python_version()), *map(_check_package, PACKAGES)]
+
+
+def check_extras() -> list[Check]:
+    """The packages that only some settings need, and the attention backends beside torch's own."""
+    checks = []
+    for name, use in EXTRAS.items():
+        check = _check_package(name)
+        checks.append(replace(check, found=f"{check.found}, {use}"))
+    found = [label for package, label in ATTENTION.items() if find_spec(package)]
+    return [*checks, Check("attention", ok=True, found=", ".join(["torch's own (native)", *found]))]
 
 
 def check_loads(package: str) -> Check:
@@ -135,21 +160,42 @@ def check_weights(kind: str, name: str) -> Check:
         return plugin
     if kind == "reward" and name.startswith("clip:"):  # it has none of its own
         return Check(subject, ok=False, found="reward.weights is not set", remedy="--set reward.weights=FILE")
-    if kind == "model" and Path(name).exists():
-        return check_path(subject, Path(name))
     if kind == "reward":
         REWARDS.find(name)  # refuses a name that nobody knows
-        sources = REWARD_FILES.get(name, ())
-    else:
-        sources = (HUB_FILES.get(name) or HubFiles(name, ("model_index.json",)),)
+        return _check_sources(subject, REWARD_FILES.get(name, ()))
+    if name.endswith(".safetensors") and Path(name).is_file():  # a transformer, whose other parts are FLUX.1-dev's
+        base = HUB_FILES["flux.1-dev"]
+        files = tuple(file for file in base.files if not file.startswith("transformer/"))
+        return _check_sources(f"{subject}, its other parts", (replace(base, files=files),))
+    if Path(name).exists():
+        return check_path(subject, Path(name))
+    if known := HUB_FILES.get(name):
+        return _check_sources(subject, (known,))
+    return _check_sources(subject, (HubFiles(name, ("model_index.json",)),), f"hf download {name}")
+
+
+def check_prompts(source: str) -> Check:
+    """Whether training prompts are on this machine, by what ``prompts.source`` may be."""
+    subject = f"prompts {source}"
+    if source in PROMPT_FILES:
+        return _check_sources(subject, (PROMPT_FILES[source],))
+    if source in ("miniature", "miniature-unlit"):
+        return Check(subject, ok=True, found="built in")
+    if source == "-":
+        return Check(subject, ok=True, found="standard input")
+    if Path(source).is_file():
+        return Check(subject, ok=True, found="here")
+    return Check(subject, ok=False, found=f"no file {source}", remedy="put it there, or --set prompts.source=FILE")
+
+
+def _check_sources(subject: str, sources: Sequence[HubFiles | WebFile], command: str | None = None) -> Check:
+    """Whether all files are in the caches; ``command`` is what to type in place of the source's own."""
     for source in sources:
         absent = [file for file in source.files if not _is_here(source, file)]
         if absent:
             found = f"{len(absent)} of {len(source.files)} files of {source.origin} are not here"
-            command = source.download if kind == "reward" or name in HUB_FILES else f"hf download {name}"
-            return Check(
-                subject, ok=False, found=found, remedy=f"{command}  # {source.note}" if source.note else command
-            )
+            remedy = command or source.download
+            return Check(subject, ok=False, found=found, remedy=f"{remedy}  # {source.note}" if source.note else remedy)
     where = ", ".join(source.origin for source in sources)
     return Check(subject, ok=True, found=f"{where} in the cache" if where else "built in")
 
@@ -179,4 +225,4 @@ def _is_here(source: HubFiles | WebFile, file: str) -> bool:
     if isinstance(source, WebFile):
         return source.place.is_file()
     is_repo = re.fullmatch(r"[\w.-]+/[\w.-]+", source.repo)
-    return bool(is_repo) and isinstance(try_to_load_from_cache(source.repo, file), str)
+    return bool(is_repo) and isinstance(try_to_load_from_cache(source.repo, file, repo_type=source.repo_type), str)
