@@ -39,3 +39,9 @@ class MissingError(SrpoError):
     """Something that the run needs is not here: weights, a dependency or a device."""
 
     exit_code = 4
+
+
+class LostRankError(SrpoError):
+    """Another process of the run has ended, and the one that started them all tells why; this one leaves silently."""
+
+    exit_code = 75  # no command ends with it: it is for the process that waits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,6 +13,8 @@ from srpo_cli import __version__
 from srpo_cli.cli import presets
 from srpo_cli.cli.doctor import doctor
 from srpo_cli.cli.errors import one_line_errors
+from srpo_cli.cli.export import EXAMPLES as EXPORT_EXAMPLES
+from srpo_cli.cli.export import export
 from srpo_cli.cli.recover import EXAMPLES as RECOVER_EXAMPLES
 from srpo_cli.cli.recover import recover
 from srpo_cli.cli.sample import EXAMPLES as SAMPLE_EXAMPLES
@@ -36,6 +40,7 @@ app.command("train", epilog=TRAIN_EXAMPLES)(train)
 app.command("sample", epilog=SAMPLE_EXAMPLES)(sample)
 app.command("recover", epilog=RECOVER_EXAMPLES)(recover)
 app.command("score", epilog=SCORE_EXAMPLES)(score)
+app.command("export", epilog=EXPORT_EXAMPLES)(export)
 app.command("doctor")(doctor)
 app.add_typer(presets.app, name="presets")
 
@@ -56,7 +61,16 @@ def root(
     """Align a text-to-image model with a human preference, and see whether it worked."""
 
 
+def _quiet_imports() -> None:
+    """Keep what libraries say while they are imported off the terminal; ``runtime.quiet`` sees to the rest."""
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for library in ("bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``srpo`` with ``arguments``, the process's own where None, and leave with its exit code."""
+    _quiet_imports()
     with one_line_errors():
         app(args=arguments, prog_name="srpo")

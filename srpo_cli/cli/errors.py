@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import typer
 
-from srpo_cli.errors import SrpoError
+from srpo_cli.errors import LostRankError, SrpoError
 
 
 @contextmanager
@@ -23,7 +23,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except SrpoError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        if not isinstance(error, LostRankError):
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

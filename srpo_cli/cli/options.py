@@ -38,6 +38,13 @@ SeedOption = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", he
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would run, and run nothing.")]
 
+DownloadOption = Annotated[
+    bool,
+    typer.Option(
+        "--download", help="Fetch from the Hugging Face Hub what is named and not here, told before it starts."
+    ),
+]
+
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Let the Python file that is the reward run; needed once for each content.")
 ]

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srpo_cli.cli.options import OutputOption
+from srpo_cli.cli.launch import (
+    GpusOption,
+    NodeRankOption,
+    NodesOption,
+    RendezvousOption,
+    plan_launch,
+    refuse_standard_input,
+    speaker,
+    start,
+    told_once,
+)
+from srpo_cli.cli.options import DownloadOption, OutputOption
 from srpo_cli.cli.output import note
 from srpo_cli.errors import UsageError
+
+if TYPE_CHECKING:  # commands import it when they are called, like all of its room
+    from srpo_cli.runtime.sources import Source
 
 EXAMPLES = """Examples:
 
@@ -23,7 +38,9 @@ srpo sample --model style.safetensors --base miniature "a blue cone"
 
 grep sphere prompts.txt | srpo sample --prompts - --seed 7 | jq -r .file
 
-srpo sample "a blue cone" --compare miniature --compare runs/realism"""
+srpo sample "a blue cone" --compare miniature --compare runs/realism
+
+srpo sample --model flux.1-dev --prompts prompts.csv --gpus 8"""
 
 _LAST_SEED = 2**53  # the largest whole number that every reader of the JSON rows keeps exactly
 
@@ -67,56 +84,84 @@ def sample(
     steps: StepsOption = None,
     guidance: GuidanceOption = 3.5,
     size: SizeOption = None,
+    download: DownloadOption = False,
+    gpus: GpusOption = 1,
+    nodes: NodesOption = None,
+    rdzv: RendezvousOption = None,
+    node_rank: NodeRankOption = None,
 ) -> None:
     """Draw pictures from prompts; what is already there is not drawn again.
 
     Writes PNGs that carry their settings, grid.png and samples.jsonl, and one JSON line a picture to stdout.
     """
-    from srpo_cli.runtime.prompts import read_prompts
+    launch = plan_launch(gpus, nodes, rdzv, node_rank)
+    say = speaker(launch)
+    with told_once():
+        if prompts == "-":
+            refuse_standard_input(launch, "--prompts -")
+        from srpo_cli.runtime.prompts import read_prompts
 
-    wanted = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-    if not wanted or not all(text.strip() for text in wanted):
-        raise UsageError("srpo sample needs a prompt: give one as an argument, or --prompts FILE (or - for stdin)")
-    if model and compare:
-        raise UsageError("--model and --compare cannot be used together: name every model with --compare")
-    if compare and len(compare) < 2:
-        raise UsageError(f"--compare {compare[0]} alone compares nothing: give it twice or more")
-    if seed + num_images > _LAST_SEED:
-        raise UsageError(f"--seed {seed} is too large: choose one below 2**53")
-    parsed_size = parse_size(size) if size else None
-    labels = _labels(compare or [])
+        wanted = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+        if not wanted or not all(text.strip() for text in wanted):
+            raise UsageError("srpo sample needs a prompt: give one as an argument, or --prompts FILE (or - for stdin)")
+        if model and compare:
+            raise UsageError("--model and --compare cannot be used together: name every model with --compare")
+        if compare and len(compare) < 2:
+            raise UsageError(f"--compare {compare[0]} alone compares nothing: give it twice or more")
+        if seed + num_images > _LAST_SEED:
+            raise UsageError(f"--seed {seed} is too large: choose one below 2**53")
+        parsed_size = parse_size(size) if size else None
+        labels = _labels(compare or [])
+        sources = _sources(labels, model, base, say)
+    if launch:
+        start(launch)
 
+    from srpo_cli.recipes import sample as recipe
+    from srpo_cli.runtime.devices import best_device
+    from srpo_cli.runtime.distributed import join_ranks
+
+    request = recipe.Request(wanted, seed, num_images, steps, guidance, parsed_size)
+    folder = output or Path("samples")
+    announce = say if download else None
+    with join_ranks(best_device(), exchange="cpu") as ranks:
+        if labels:
+            rows = recipe.compare(sources, request, folder, ranks, announce)
+        else:
+            rows = recipe.sample(sources[""], request, folder, ranks, announce)
+        try:
+            for row in rows:
+                if ranks.leads:
+                    typer.echo(json.dumps(row))
+        except KeyboardInterrupt:
+            say("stopped: the same command draws what is missing")
+            raise
+        ranks.wait()
+    say(f"pictures: {folder / (recipe.COMPARISON if compare else recipe.GRID)}")
+
+
+def _sources(
+    labels: dict[str, str], model: str | None, base: str | None, say: Callable[[str], None]
+) -> dict[str, Source]:
+    """What to draw from by label; the one model where there are none has an empty one."""
     from srpo_cli.runtime.sources import Source, check_base
 
     if base:
         check_base(base)
-    named = labels or {"": model or base or default_model("sampling from")}
+    named = labels or {"": model or base or default_model("sampling from", say)}
     sources = {label: Source.find(name, lambda: base or default_model()) for label, name in named.items()}
     if base and base not in {source.base for source in sources.values()}:
         raise UsageError(f"--base {base} is of no use here: {', '.join(named.values())} brings a base of its own")
-
-    from srpo_cli.recipes import sample as recipe
-
-    request = recipe.Request(wanted, seed, num_images, steps, guidance, parsed_size)
-    folder = output or Path("samples")
-    rows = recipe.compare(sources, request, folder) if labels else recipe.sample(sources[""], request, folder)
-    try:
-        for row in rows:
-            typer.echo(json.dumps(row))
-    except KeyboardInterrupt:
-        note("stopped: the same command draws what is missing")
-        raise
-    note(f"pictures: {folder / (recipe.COMPARISON if compare else recipe.GRID)}")
+    return sources
 
 
-def default_model(announce: str = "") -> str:
+def default_model(announce: str = "", say: Callable[[str], None] = note) -> str:
     """The model where none is named; ``announce`` says what is done from the miniature where that is it."""
     from srpo_cli.runtime.devices import has_accelerator
 
     if has_accelerator():
         return "flux.1-dev"
     if announce:
-        note(f"no accelerator here: {announce} the built-in miniature (--model decides otherwise)")
+        say(f"no accelerator here: {announce} the built-in miniature (--model decides otherwise)")
     return "miniature"
 
 

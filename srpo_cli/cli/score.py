@@ -13,8 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import typer
 from rich.markup import escape
 
+from srpo_cli.cli.launch import (
+    GpusOption,
+    NodeRankOption,
+    NodesOption,
+    RendezvousOption,
+    plan_launch,
+    refuse_company,
+    refuse_standard_input,
+    speaker,
+    start,
+    told_once,
+)
 from srpo_cli.cli.options import OptionalPresetOption, TrustOption, WeightsOption, parse_weights
-from srpo_cli.cli.output import OutputFormat, RowFormat, RowWriter, note, print_rows
+from srpo_cli.cli.output import OutputFormat, RowFormat, RowWriter, print_rows
 from srpo_cli.cli.plugins import admit_plugin
 from srpo_cli.config.load import MINIATURE, load_train_config
 from srpo_cli.config.schema import TrainConfig
@@ -111,6 +123,10 @@ def score(
     calibrate: CalibrateOption = False,
     row_format: RowFormatOption = None,
     output: FileOption = None,
+    gpus: GpusOption = 1,
+    nodes: NodesOption = None,
+    rdzv: RendezvousOption = None,
+    node_rank: NodeRankOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Score pictures with a reward: plain, for control words (--pos), or for some against others (--pos --neg).
@@ -119,23 +135,33 @@ def score(
 
     An unreadable picture is a row with an error; the rest are scored, and the exit code is 3.
     """
-    wording = _Wording(preset, pos or [], neg or [], cfg_k, upstream_k)
-    names = list(dict.fromkeys(reward or []))
-    for name in names or [wording.default_reward]:
-        REWARDS.find(name)
-        admit_plugin(name, trust, note)
-    places = parse_weights(weights or [], names or [wording.default_reward, MINIATURE])
-    if not names:
-        places = wording.default_weights | places
-    if check and calibrate:
-        raise UsageError("--check and --calibrate cannot be used together: run one after the other")
-    if prompt is not None and prompts:
-        raise UsageError("--prompt and --prompts cannot be used together: give one text for all, or a file")
-    if prompt is not None and not prompt.strip():
-        raise UsageError("--prompt is empty: give a text, or leave it out")
-    if calibrate and wording.form in ("plain", "sgp"):
-        raise UsageError("--calibrate needs control words on both sides: give --pos and --neg, or --preset")
-    sources, piped = _sources(pictures, prompt, prompts)
+    launch = plan_launch(gpus, nodes, rdzv, node_rank)
+    say = speaker(launch)
+    with told_once():
+        if "-" in pictures:
+            refuse_standard_input(launch, "-")
+        if check or calibrate:
+            refuse_company(launch, "--check" if check else "--calibrate")
+        wording = _Wording(preset, pos or [], neg or [], cfg_k, upstream_k)
+        names = list(dict.fromkeys(reward or []))
+        for name in names or [wording.default_reward]:
+            REWARDS.find(name)
+            admit_plugin(name, trust, say)
+        places = parse_weights(weights or [], names or [wording.default_reward, MINIATURE])
+        if not names:
+            places = wording.default_weights | places
+        if check and calibrate:
+            raise UsageError("--check and --calibrate cannot be used together: run one after the other")
+        if prompt is not None and prompts:
+            raise UsageError("--prompt and --prompts cannot be used together: give one text for all, or a file")
+        if prompt is not None and not prompt.strip():
+            raise UsageError("--prompt is empty: give a text, or leave it out")
+        if calibrate and wording.form in ("plain", "sgp"):
+            raise UsageError("--calibrate needs control words on both sides: give --pos and --neg, or --preset")
+        written = None if check or calibrate else RowFormat.of(row_format, output)
+        sources, piped = _sources(pictures, prompt, prompts, say)
+    if launch:
+        start(launch)
 
     import torch
 
@@ -150,10 +176,10 @@ def score(
         dtype=getattr(torch, dtype),
         batch_size=batch_size,
     )
-    if check or calibrate:
+    if written is None:
         failed = _study(sources, request, row_format, output, check)
     else:
-        failed = _score(sources, request, wording.columns, RowFormat.of(row_format, output), output, piped)
+        failed = _score(sources, request, wording.columns, written, output, piped, say)
     if failed:
         raise typer.Exit(_DONE_IN_PART)
 
@@ -165,27 +191,40 @@ def _score(
     written: RowFormat,
     output: Path | None,
     piped: bool,
+    say: Callable[[str], None],
 ) -> int:
-    """Write a row for each picture and reward, and sum them up; the number of rows without a score."""
+    """Write a row for each picture and reward, and sum them up; the number of rows without a score.
+
+    Of several ranks the first one writes; all return the same.
+    """
     from srpo_cli.recipes.score import Summary, score
+    from srpo_cli.runtime.devices import best_device
+    from srpo_cli.runtime.distributed import join_ranks
     from srpo_cli.runtime.progress import CountProgress
 
     summary = Summary()
-    with _opened(output) as file, CountProgress(None if piped else len(sources), "pictures") as progress:
-        writer = RowWriter(columns(written), written, file)
-        try:
-            for row in score(sources, request, note, as_they_come=piped):
-                writer.write(row)
+    with join_ranks(best_device(), exchange="cpu") as ranks:
+        rows = score(sources, request, say, piped, ranks)
+        if not ranks.leads:
+            for row in rows:
                 summary.add(row)
-                progress.update(summary.pictures)
-        except KeyboardInterrupt:
-            note(f"stopped after {summary.pictures} pictures" + (f", whose rows are in {output}" if output else ""))
-            raise
+            return summary.failed
+        with _opened(output) as file, CountProgress(None if piped else len(sources), "pictures") as progress:
+            writer = RowWriter(columns(written), written, file)
+            try:
+                for row in rows:
+                    writer.write(row)
+                    summary.add(row)
+                    progress.update(summary.pictures)
+            except KeyboardInterrupt:
+                said = f"stopped after {summary.pictures} pictures"
+                say(said + (f", whose rows are in {output}" if output else ""))
+                raise
     if not summary.pictures:
         raise UsageError("nothing to score: standard input held no row, or the folder nothing but sheets of pictures")
     _sum_up(summary, request, sys.stderr if written is not RowFormat.TABLE and output is None else sys.stdout)
     if summary.failed:
-        note(f"{summary.failed} of {summary.failed + summary.scored} rows have an error instead of a score")
+        say(f"{summary.failed} of {summary.failed + summary.scored} rows have an error instead of a score")
     return summary.failed
 
 
@@ -275,7 +314,9 @@ class _Wording:
         return Wording(self.form, k=self._k or 0.0, **words, **template)
 
 
-def _sources(named: list[str], prompt: str | None, prompts: str | None) -> tuple[Iterable[Picture], bool]:
+def _sources(
+    named: list[str], prompt: str | None, prompts: str | None, say: Callable[[str], None]
+) -> tuple[Iterable[Picture], bool]:
     """The pictures to score, and whether they are piped in."""
     from srpo_cli.runtime.inputs import list_pictures, read_rows, standard_input, with_prompts
 
@@ -292,7 +333,7 @@ def _sources(named: list[str], prompt: str | None, prompts: str | None) -> tuple
     if prompts:
         named = with_prompts(pictures, prompts)
         if left := sum(picture.prompt is None for picture in named):
-            note(f"{prompts} does not name {left} of {len(named)} pictures: theirs are their own prompts")
+            say(f"{prompts} does not name {left} of {len(named)} pictures: theirs are their own prompts")
         return named, False
     return [replace(picture, prompt=prompt) for picture in pictures], False
 

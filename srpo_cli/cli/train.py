@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from srpo_cli.cli.launch import (
+    GpusOption,
+    NodeRankOption,
+    NodesOption,
+    RendezvousOption,
+    plan_launch,
+    speaker,
+    start,
+    told_once,
+)
 from srpo_cli.cli.options import (
+    DownloadOption,
     DryRunOption,
     ModelOption,
     OptionalPresetOption,
@@ -20,10 +30,11 @@ from srpo_cli.cli.options import (
     SeedOption,
     TrustOption,
 )
-from srpo_cli.cli.output import note
+from srpo_cli.cli.output import OutputFormat
+from srpo_cli.cli.plan import DryRunFormatOption, OnOption, find_machine, launch_line, print_dry_run
 from srpo_cli.cli.plugins import admit_plugin, check_plugin
-from srpo_cli.config.load import Resolved, dump_yaml, load_train_config
-from srpo_cli.errors import SrpoError, UsageError
+from srpo_cli.config.load import Resolved, load_train_config
+from srpo_cli.errors import UsageError
 from srpo_cli.registry import check_parts
 
 EXAMPLES = """Examples:
@@ -36,7 +47,11 @@ srpo train --preset realism --set optimizer.lr=1e-5 --steps 40 --dry-run
 
 srpo train --resume runs/dark
 
-torchrun --nproc-per-node 8 -m srpo_cli train --preset realism"""
+srpo train --preset realism --gpus 8
+
+srpo train --preset realism --gpus 8 --on h100 --dry-run
+
+srpo train --preset realism --gpus 8 --nodes 2 --rdzv node1:29500"""
 
 RewardOption = Annotated[str | None, typer.Option("--reward", metavar="NAME", help="Reward instead of the preset's.")]
 OutputOption = Annotated[
@@ -63,8 +78,15 @@ def train(
     seed: SeedOption = None,
     steps: StepsOption = None,
     resume: ResumeOption = None,
+    gpus: GpusOption = 1,
+    nodes: NodesOption = None,
+    rdzv: RendezvousOption = None,
+    node_rank: NodeRankOption = None,
+    download: DownloadOption = False,
     trust: TrustOption = False,
     dry_run: DryRunOption = False,
+    on: OnOption = None,
+    output_format: DryRunFormatOption = OutputFormat.TABLE,
     quiet: QuietOption = False,
 ) -> None:
     """Align a model with a reward, and measure it before and after.
@@ -73,9 +95,15 @@ def train(
 
     Ctrl-C finishes the step, saves, and prints how to go on.
     """
-    say = note if _leads() else _say_nothing
+    launch = plan_launch(gpus, nodes, rdzv, node_rank)
+    say = speaker(None if dry_run else launch)
     agreed = trust or dry_run  # which runs nothing
-    with _told_once():
+    typed = [("--preset", preset), ("--resume", resume), ("--set", overrides), ("--model", model), ("--reward", reward)]
+    typed += [("--output", output), ("--seed", seed), ("--steps", steps), ("--gpus", gpus if gpus > 1 else None)]
+    typed += [("--nodes", nodes), ("--rdzv", rdzv), ("--node-rank", node_rank)]
+    with told_once():
+        if not dry_run and (on is not None or output_format is OutputFormat.JSON):
+            raise UsageError("--on and --format are for a plan: add --dry-run")
         if resume:
             _refuse_beside_resume(preset=preset, set=overrides, model=model, reward=reward, output=output, seed=seed)
             output, resolved = resume, _load_run(resume, steps, agreed)
@@ -83,14 +111,17 @@ def train(
             raise UsageError("srpo train needs --preset NAME|FILE or --resume RUN: see `srpo presets list`")
         else:
             flags = {"model.name": model, "reward.name": reward, "train.seed": seed, "train.steps": steps}
-            resolved = _resolve(preset, overrides or [], flags, agreed)
+            resolved = _resolve(preset, overrides or [], flags, agreed, say, elsewhere=on is not None)
             name = Path(preset).stem.replace(":", "-")
             output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         if not dry_run:
             admit_plugin(resolved.config.reward.name, trust, say)
     if dry_run:
-        typer.echo(dump_yaml(resolved), nl=False)
+        print_dry_run(resolved, find_machine(on, gpus, nodes or 1), launch_line(typed), output_format)
         return
+    if launch:
+        named = [] if resume else ["--output", str(output)]  # a name with the time in it, once for all
+        start(launch, named, lambda: _how_to_go_on(output))
     if resolved.config.model.name == "miniature" and not resume:
         say("model: the built-in miniature, which knows only its own rendered world; its figures are not FLUX's")
     say(f"run: {output}")
@@ -99,7 +130,7 @@ def train(
     from srpo_cli.recipes.train import BEFORE_AFTER
     from srpo_cli.recipes.train import train as run
 
-    outcome = run(resolved, output, resume=resume is not None, quiet=quiet, say=say)
+    outcome = run(resolved, output, resume=resume is not None, download=download, quiet=quiet, say=say)
     if outcome.summary:
         print_summary(outcome.summary)
         pictures = outcome.folder / BEFORE_AFTER
@@ -109,31 +140,23 @@ def train(
         raise typer.Exit(outcome.exit_code)
 
 
-def _leads() -> bool:
-    """Whether this is the process that talks: the only one, or torchrun's rank 0."""
-    return os.environ.get("RANK", "0") == "0"
+def _how_to_go_on(output: Path) -> str:
+    """The end of a line that tells of a lost process."""
+    return f"; go on with: srpo train --resume {shlex.quote(str(output))}" if (output / "config.yaml").exists() else ""
 
 
-def _say_nothing(_message: str) -> None:
-    pass
-
-
-@contextmanager
-def _told_once() -> Iterator[None]:
-    """Under torchrun all processes find the same mistake in the same command; one of them tells it."""
-    try:
-        yield
-    except SrpoError as error:
-        if _leads():
-            raise
-        raise typer.Exit(error.exit_code) from error
-
-
-def _resolve(preset: str, overrides: list[str], flags: dict[str, Any], agreed: bool) -> Resolved:
+def _resolve(
+    preset: str,
+    overrides: list[str],
+    flags: dict[str, Any],
+    agreed: bool,
+    say: Callable[[str], None],
+    elsewhere: bool = False,
+) -> Resolved:
     """The configuration, in its miniature form where that is asked for or where no accelerator is present.
 
     Both forms are checked first, so that a mistake is refused before torch is imported to look for a device.
-    ``agreed``: a reward that is a Python file may run.
+    ``agreed``: a reward that is a Python file may run. ``elsewhere``: what is asked about has an accelerator.
     """
 
     def load(miniature: bool) -> Resolved:
@@ -161,9 +184,9 @@ def _resolve(preset: str, overrides: list[str], flags: dict[str, Any], agreed: b
 
     from srpo_cli.runtime.devices import has_accelerator
 
-    chosen = _resolved(forms[not has_accelerator()])
-    if chosen.config.model.name == "miniature" and _leads():
-        note("no accelerator here: the preset runs on the built-in miniature (--model decides otherwise)")
+    chosen = _resolved(forms[not (elsewhere or has_accelerator())])
+    if chosen.config.model.name == "miniature":
+        say("no accelerator here: the preset runs on the built-in miniature (--model decides otherwise)")
     return chosen
 
 

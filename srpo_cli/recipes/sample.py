@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from srpo_cli.models.flux import Flux, load_flux
 from srpo_cli.recipes.parts import check_miniature_prompts, chunks, draw_pictures, fingerprint
 from srpo_cli.recipes.pictures import read_picture
 from srpo_cli.runtime.devices import best_device
+from srpo_cli.runtime.distributed import ALONE, Ranks
+from srpo_cli.runtime.fetch import fetch
 from srpo_cli.runtime.folder import disk_errors, write_atomically
 from srpo_cli.runtime.pictures import read_metadata, save_grid, save_png, thumbnail_size
 from srpo_cli.runtime.quiet import quiet_libraries
@@ -50,48 +53,85 @@ class Request:
         return steps, self.size or (edge, edge)
 
 
-def sample(source: Source, request: Request, output: Path) -> Iterator[dict[str, Any]]:
+def sample(
+    source: Source,
+    request: Request,
+    output: Path,
+    ranks: Ranks = ALONE,
+    announce: Callable[[str], None] | None = None,
+) -> Iterator[dict[str, Any]]:
     """Draw what is missing in ``output`` and yield a row for every picture, those that were there included.
 
     A picture's file name holds a digest of all that decides it, the model's weights among it, so a file that exists
     is the picture that was asked for. ``samples.jsonl`` lists all pictures that were ever made in the folder,
-    ``grid.png`` shows the first of those that were asked for now.
+    ``grid.png`` shows the first of those that were asked for now. Several ranks draw a batch each at a time, into one
+    folder; all of them yield all rows. ``announce`` is told about downloads before they start; None: nothing is
+    downloaded.
     """
-    if source.base == "miniature":
-        check_miniature_prompts(list(request.prompts))
-        if request.size not in (None, (SIZE, SIZE)):  # it can, but it repeats its picture like a tile
-            raise UsageError(f"size {'x'.join(map(str, request.size))}: the miniature draws {SIZE}x{SIZE} and no other")
-    with disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    quiet_libraries()  # an error of one line would otherwise come after the progress bars of loading
-    model = load_flux(source.base, torch.bfloat16, best_device(), source.weights)
-    steps, size = request.settings(model)
-    model.sigmas(steps, size)  # refuses a size that the model cannot make
-    rows = _rows(source, _fingerprint(model), request, steps, size)
-    for part in chunks(len(rows), _batch_size(size)):
-        wanted = [row for row in rows[part] if read_metadata(output / row["file"]) is None]
-        if wanted:
-            generators = [torch.Generator().manual_seed(row["seed"]) for row in wanted]
-            prompts = [row["prompt"] for row in wanted]
-            pictures = draw_pictures(model, prompts, generators, size, steps, request.guidance, len(wanted))
-            for picture, row in zip(pictures, wanted, strict=True):
-                save_png(picture, output / row["file"], row)
-        for row in rows[part]:
-            yield {**row, "file": str(output / row["file"])}
+    with ranks.together():
+        if source.base == "miniature":
+            check_miniature_prompts(list(request.prompts))
+            if request.size not in (None, (SIZE, SIZE)):  # it can, but it repeats its picture like a tile
+                named = "x".join(map(str, request.size))
+                raise UsageError(f"size {named}: the miniature draws {SIZE}x{SIZE} and no other")
+        with disk_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+        quiet_libraries()  # an error of one line would otherwise come after the progress bars of loading
+        download = None if announce is None else partial(fetch, announce=announce)
+        model = load_flux(source.base, torch.bfloat16, best_device(), source.tuned, download=download)
+        steps, size = request.settings(model)
+        model.sigmas(steps, size)  # refuses a size that the model cannot make
+    digest = _fingerprint(model)
+    with ranks.together():
+        if digest != ranks.from_rank_0(digest):
+            raise UsageError(f"the weights of {source.base} are not those of rank 0: give all machines the same files")
+    rows = ranks.from_rank_0(_rows(source, digest, request, steps, size))
+    parts = list(chunks(len(rows), _batch_size(size)))
+    for first in range(0, len(parts), ranks.size):
+        together = parts[first : first + ranks.size]
+        with ranks.together():
+            for part in together[ranks.rank : ranks.rank + 1]:
+                _draw(model, rows[part], request, output)
+        for part in together:
+            for row in rows[part]:
+                yield {**row, "file": str(output / row["file"])}
+    if not ranks.leads:
+        return
     earlier = [row for row in _read_rows(output / SAMPLES) if (output / row["file"]).is_file()]
     listed = {row["file"]: row for row in [*earlier, *rows]}
     write_atomically(output / SAMPLES, "".join(json.dumps(row) + "\n" for row in listed.values()))
     _grid(output, rows, request.num_images, size)
 
 
-def compare(sources: dict[str, Source], request: Request, output: Path) -> Iterator[dict[str, Any]]:
+def _draw(model: Flux, rows: Sequence[dict[str, Any]], request: Request, output: Path) -> None:
+    """Draw a batch, but for the pictures that are there already."""
+    wanted = [row for row in rows if read_metadata(output / row["file"]) is None]
+    if not wanted:
+        return
+    steps, size = request.settings(model)
+    generators = [torch.Generator().manual_seed(row["seed"]) for row in wanted]
+    prompts = [row["prompt"] for row in wanted]
+    pictures = draw_pictures(model, prompts, generators, size, steps, request.guidance, len(wanted))
+    for picture, row in zip(pictures, wanted, strict=True):
+        save_png(picture, output / row["file"], row)
+
+
+def compare(
+    sources: dict[str, Source],
+    request: Request,
+    output: Path,
+    ranks: Ranks = ALONE,
+    announce: Callable[[str], None] | None = None,
+) -> Iterator[dict[str, Any]]:
     """Draw the same prompts and seeds from several models, each in a folder of its label, and all side by side."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for label, source in sources.items():
         rows[label] = []
-        for row in sample(source, request, output / label):
+        for row in sample(source, request, output / label, ranks, announce):
             rows[label].append(row)
             yield {"label": label, **row}
+    if not ranks.leads:
+        return
     shown = {label: drawn[:_GRID_LIMIT] for label, drawn in rows.items()}
     first = next(iter(shown.values()))
     size = tuple(first[0]["size"])

@@ -25,6 +25,7 @@ from srpo_cli.metrics.intervals import Interval, bootstrap
 from srpo_cli.recipes.parts import load_reward
 from srpo_cli.rewards.base import Reward
 from srpo_cli.runtime.devices import best_device
+from srpo_cli.runtime.distributed import ALONE, Ranks
 from srpo_cli.runtime.inputs import Picture
 from srpo_cli.runtime.pictures import is_sheet, open_with_metadata, prompt_of
 from srpo_cli.runtime.quiet import quiet_libraries
@@ -215,9 +216,15 @@ def chunks_of(sources: Iterable[Picture], size: int, as_they_come: bool = False)
 
 
 def score(
-    sources: Iterable[Picture], request: Request, announce: Announce | None = None, as_they_come: bool = False
+    sources: Iterable[Picture],
+    request: Request,
+    announce: Announce | None = None,
+    as_they_come: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each picture and each of its rewards, in the order of ``sources``.
+
+    Several ranks judge a batch each at a time, rank 0's ``sources``, and all yield all rows.
 
     A row has ``file``, ``prompt``, ``reward``, ``score`` and, for a pair of words, ``positive``, ``negative`` and
     ``gap``; then ``unit``, ``preprocess`` and ``reward_weights``, which say what made the numbers. A picture that
@@ -225,6 +232,22 @@ def score(
 
     ``announce`` is told about downloads before they start; None: nothing is downloaded.
     """
+    if ranks.size == 1:
+        own = chunks_of(sources, request.batch_size, as_they_come)
+        yield from chain.from_iterable(_judged(own, request, announce, as_they_come))
+        return
+    batches = list(chunks_of(ranks.from_rank_0(list(sources)), request.batch_size))
+    judged = _judged(batches[ranks.rank :: ranks.size], request, announce)
+    for _ in range(0, len(batches), ranks.size):
+        with ranks.together():
+            rows = next(judged, [])
+        yield from chain.from_iterable(ranks.gather(rows))
+
+
+def _judged(
+    chunks: Iterable[list[Picture]], request: Request, announce: Announce | None, as_they_come: bool = False
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each chunk while the next ones are decoded; as they come, only when it is done."""
     quiet_libraries()
     judges = Judges(request, announce)
     threads = torch.get_num_threads()
@@ -234,12 +257,12 @@ def score(
     # the others judge.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
     try:
-        for chunk in chunks_of(sources, request.batch_size, as_they_come):
+        for chunk in chunks:
             waiting.append(pool.submit(_rows, chunk, judges))
             while len(waiting) > (0 if as_they_come else workers):
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -40,6 +40,7 @@ except SystemExit as stop:
         ("sample --help", 0),
         ("score --help", 0),
         ("recover --help", 0),
+        ("export --help", 0),
         ("doctor --help", 0),
         ("presets --help", 0),
         ("presets list", 0),
@@ -81,6 +82,8 @@ except SystemExit as stop:
         ("score README.md --reward nope", 2),
         ("score README.md --neg word", 2),
         ("score README.md --weights pickscore=x", 2),
+        ("export nope", 2),
+        ("export docs --rank 8", 2),
         ("nope", 2),
     ],
 )

