@@ -62,13 +62,12 @@ class Evaluator:
         self.parts, self.config, self.prompts = parts, config, prompts
         self.oracle = Oracle.load() if parts.knows_only_the_world else None
         self._reference: Reference | None = None
-        self._window: list[list[float]] = []
+        self.window = torch.zeros(0, len(STATISTICS))
 
     def run(self) -> Evaluation:
         """Draw one picture for each prompt and measure all of them."""
         config, sampling = self.config, self.config.sampling
-        # The miniature's pictures are small; of any other model's no more fit in memory than a rollout has.
-        batch_size = _MINIATURE_BATCH if self.oracle else config.train.batch_size
+        batch_size = _MINIATURE_BATCH if self.oracle else self.parts.pictures_at_a_time
         noises = [generator(NOISE_SEED, "evaluation", i) for i in range(len(self.prompts))]
         pictures = draw_pictures(
             self.parts.model,
@@ -127,17 +126,18 @@ class Evaluator:
             gaps.append(words.gap(terms).float().cpu())
         return torch.cat(rewards), torch.cat(gaps)
 
-    def live_distance(self, pictures: Tensor, prompts: list[str]) -> float | None:
-        """Photo distance of the last rollout pictures to the oracle's mean photographs; None without an oracle."""
+    def live_distance(self, pictures: Tensor, prompts: list[str]) -> Tensor | None:
+        """Photo distance of the last rollout pictures to the oracle's mean photographs, a scalar; None without an
+        oracle."""
         if not self.oracle:
             return None
         rows = self.oracle.deviations(picture_statistics(pictures.cpu()), self._as_meant(prompts))
-        self._window = (self._window + rows.tolist())[-_WINDOW:]
-        return torch.tensor(self._window).mean(0).abs().mean().item()
+        self.window = torch.cat([self.window.to(rows), rows])[-_WINDOW:]
+        return self.window.mean(0).abs().mean()
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """What the live photo distance remembers."""
-        return {"window": self._window}
+        return {"window": self.window.tolist()}
 
     def load_state_dict(self, state: Mapping[str, list[list[float]]]) -> None:
-        self._window = [list(row) for row in state["window"]]
+        self.window = torch.tensor(state["window"]).view(-1, len(STATISTICS))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -15,41 +17,49 @@ from torch import Tensor
 
 from srpo_cli.algorithms.srpo import SRPO, ControlWords, Draws, ReferenceDraws, SigmaDraws
 from srpo_cli.config.schema import AlgorithmConfig, PromptsConfig, RewardConfig, TrainConfig
-from srpo_cli.errors import MissingError, UsageError
+from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
 from srpo_cli.miniature.world import SIZE, draw_prompts, parse
 from srpo_cli.models.flux import Flux
-from srpo_cli.registry import ALGORITHMS, MODELS, REWARDS
+from srpo_cli.recipes.placement import Loaded, arithmetic_of, load_model
+from srpo_cli.registry import ALGORITHMS, PROMPT_FILES, REWARDS
 from srpo_cli.rewards.augment import Augment
 from srpo_cli.rewards.base import Reward
+from srpo_cli.runtime.distributed import Ranks
+from srpo_cli.runtime.fetch import fetch
+from srpo_cli.runtime.plan import Settings
 from srpo_cli.runtime.prompts import read_prompts
 
+_PICTURES_AT_A_TIME = 8
 HELD_OUT_SHARE = 8
 """Of a file's prompts every eighth is kept from training and used to evaluate."""
 
 _WORLD_PROMPTS = 2048  # more than the world's captions; a run goes round and round
-_HPDV2 = ("ymhao/HPDv2", "train.json")
 
 
 @dataclass(frozen=True)
 class Parts:
     """The model, the reward and the algorithm over them."""
 
-    model: Flux
+    loaded: Loaded
     reward: Reward
     algorithm: SRPO
     draws: Draws
+    plan: Settings
+    arithmetic: Callable[[], AbstractContextManager[object]]
+
+    @property
+    def model(self) -> Flux:
+        return self.loaded.model
 
     @property
     def knows_only_the_world(self) -> bool:
         """Whether the model is the miniature, whose pictures the oracle can judge."""
         return self.model.name == "miniature"
 
-
-def load_model(config: TrainConfig, device: torch.device) -> Flux:
-    """The model to train: float32 weights where gradients go, the configured dtype for what stays as it is."""
-    load = MODELS.get(config.model.name)
-    frozen = getattr(torch, config.model.dtype)
-    return load(config.model.name, torch.float32, device, config.model.weights, frozen_dtype=frozen)
+    @property
+    def pictures_at_a_time(self) -> int:
+        """How many pictures are drawn or judged together outside the loop: as many as a rollout has in memory."""
+        return min(self.plan.micro_batch, _PICTURES_AT_A_TIME)
 
 
 def load_reward(
@@ -70,9 +80,14 @@ def load_reward(
     return REWARDS.get(name)(name, weights, device, dtype, announce)
 
 
-def load_training_reward(config: RewardConfig, device: torch.device) -> Reward:
-    """The reward to train on, in float32; UsageError for one that has no gradient or reads no control word."""
-    reward = load_reward(config.name, config.weights, device).via(config.preprocess or "training")
+def load_training_reward(
+    config: RewardConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    announce: Callable[[str], None] | None = None,
+) -> Reward:
+    """The reward to train on; UsageError for one that has no gradient or reads no control word."""
+    reward = load_reward(config.name, config.weights, device, dtype, announce).via(config.preprocess or "training")
     if not reward.differentiable or (reward.preprocess and not reward.preprocess.differentiable):
         mode = f" behind {reward.preprocess.mode}" if reward.preprocess else ""
         raise UsageError(f"reward {reward.name}{mode} has no gradient: train with another, it can still score")
@@ -94,7 +109,7 @@ def frozen_parameters(parts: Parts) -> Iterator[Tensor]:
     """All that a training reads and never changes; under a LoRA the base transformer too."""
     model = parts.model
     modules = (model.transformer, model.vae, model.text_encoder, model.text_encoder_2)
-    parameters = chain(*(module.parameters() for module in modules), parts.reward.parameters())
+    parameters = chain(*(module.parameters() for module in modules if module), parts.reward.parameters())
     return (parameter for parameter in parameters if not parameter.requires_grad)
 
 
@@ -111,12 +126,31 @@ def make_draws(config: AlgorithmConfig) -> Draws:
     )
 
 
-def make_parts(config: TrainConfig, device: torch.device) -> Parts:
-    """All parts of a training run; UsageError for a size that the model cannot make."""
+def make_parts(
+    config: TrainConfig,
+    plan: Settings,
+    ranks: Ranks,
+    tuned: Path | None = None,
+    *,
+    text_encoders: bool = True,
+    announce: Callable[[str], None] | None = None,
+) -> Parts:
+    """All parts of a training run; UsageError for a size that the model cannot make.
+
+    Args:
+        config: names them.
+        plan: what the memory plan settled.
+        ranks: whose device they are on.
+        tuned, text_encoders, announce: as for :func:`srpo_cli.recipes.placement.load_model`.
+    """
     if config.model.name == "miniature" and config.model.size != (SIZE, SIZE):
         raise UsageError(f"model.size is {list(config.model.size)}: the miniature draws [{SIZE}, {SIZE}] and no other")
-    model, reward = load_model(config, device), load_training_reward(config.reward, device)
+    loaded = load_model(config, plan, ranks, tuned, text_encoders=text_encoders, announce=announce)
+    model = loaded.model
     model.noise(1, config.model.size, torch.Generator())  # refuses a size
+    # A frozen judge in bfloat16 moves a cosine by 1e-3 of itself; its features are normalised in float32 again.
+    dtype = torch.float32 if ranks.device.type == "cpu" else getattr(torch, config.model.dtype)
+    reward = load_training_reward(config.reward, ranks.device, dtype, announce)
     augment = Augment(config.reward.shift, config.reward.noise)
     algorithm = ALGORITHMS.get(config.algorithm.name)(
         model,
@@ -126,7 +160,8 @@ def make_parts(config: TrainConfig, device: torch.device) -> Parts:
         hinge=config.algorithm.hinge,
         augment=augment if augment.shift or augment.noise else None,
     )
-    return Parts(model, reward, algorithm, make_draws(config.algorithm))
+    how = partial(arithmetic_of, config, plan, ranks.device)
+    return Parts(loaded, reward, algorithm, make_draws(config.algorithm), plan, how)
 
 
 @dataclass(frozen=True)
@@ -135,13 +170,22 @@ class Prompts:
 
     train: list[str]
     held_out: list[str]
+    in_order: list[str] = field(default_factory=list)
+    """Both as they came, where they came out of a file."""
 
-    def batch(self, turn: int, size: int) -> list[str]:
-        """The prompts of a run's batch number ``turn``, in order and round and round."""
-        return [self.train[(turn * size + i) % len(self.train)] for i in range(size)]
+    def batch(self, numbers: Iterable[int]) -> list[str]:
+        """The prompts of the rollouts with these numbers, counted over the whole run: in order, round and round."""
+        return [self.train[number % len(self.train)] for number in numbers]
 
 
-def load_prompts(config: PromptsConfig, model: str, held_out: int, split: str, seed: int) -> Prompts:
+def load_prompts(
+    config: PromptsConfig,
+    model: str,
+    held_out: int,
+    split: str,
+    seed: int,
+    announce: Callable[[str], None] | None = None,
+) -> Prompts:
     """Training prompts and ``held_out`` prompts to evaluate on.
 
     The miniature's world draws both, from captions that never meet; "miniature-unlit" leaves the light open in all
@@ -151,7 +195,7 @@ def load_prompts(config: PromptsConfig, model: str, held_out: int, split: str, s
         lit = config.source == "miniature"
         train = draw_prompts(_WORLD_PROMPTS, seed, "train", lit)
         return Prompts(train[: config.limit], draw_prompts(held_out, 0, split, lit))
-    prompts = _hpdv2() if config.source == "hpdv2" else read_prompts(config.source)
+    prompts = _hpdv2(announce) if config.source == "hpdv2" else read_prompts(config.source)
     prompts = prompts[: config.limit]
     if model == "miniature":
         check_miniature_prompts(prompts)
@@ -159,7 +203,7 @@ def load_prompts(config: PromptsConfig, model: str, held_out: int, split: str, s
     spare = prompts[::HELD_OUT_SHARE]
     if not kept:
         raise UsageError(f"prompts.source {config.source} holds one prompt: give two or more, every eighth is held out")
-    return Prompts(kept, spare[:held_out])
+    return Prompts(kept, spare[:held_out], prompts)
 
 
 def check_miniature_prompts(prompts: list[str]) -> None:
@@ -172,15 +216,24 @@ def check_miniature_prompts(prompts: list[str]) -> None:
             )
 
 
-def _hpdv2() -> list[str]:
-    repo, name = _HPDV2
-    path = try_to_load_from_cache(repo, name, repo_type="dataset")
+def _hpdv2(announce: Callable[[str], None] | None) -> list[str]:
+    files = PROMPT_FILES["hpdv2"]
+    (name,) = files.files
+    path = try_to_load_from_cache(files.repo, name, repo_type=files.repo_type)
     if not isinstance(path, str):
-        raise MissingError(
-            f"HPDv2's training prompts are not in the local cache: fetch them with "
-            f"`hf download {repo} {name} --repo-type dataset`, or use a file with --set prompts.source=FILE"
-        )
-    return list(dict.fromkeys(row["prompt"] for row in json.loads(Path(path).read_text())))
+        if announce is None:
+            raise MissingError(
+                f"HPDv2's training prompts are not in the local cache: fetch them with `{files.download}`, add "
+                "--download, or use a file with --set prompts.source=FILE"
+            )
+        path = fetch(files, announce) / name
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        return list(dict.fromkeys(row["prompt"] for row in rows))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SrpoError(
+            f"{path} is not HPDv2's list of prompts ({one_line(error)}): remove it, fetch it anew"
+        ) from error
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

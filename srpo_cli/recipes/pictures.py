@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -24,14 +25,20 @@ ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class PictureSource(Protocol):
-    """Gives the pictures and captions of a step."""
+    """Gives pictures and captions by number, round and round."""
 
     def digest(self) -> str:
         """Digest of what the configuration only names."""
         ...
 
-    def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
-        """Pictures (count, 3, H, W) in [0, 1] of ``size`` and their captions, for step ``step``."""
+    def caption(self, number: int) -> str: ...
+
+    def picture(self, number: int, size: tuple[int, int]) -> Tensor:
+        """A picture (3, H, W) in [0, 1] of ``size``."""
+        ...
+
+    def key(self, number: int) -> str | None:
+        """Digest of the picture's content, the same whenever it comes round; None for one that never does."""
         ...
 
 
@@ -45,12 +52,17 @@ class Files:
         """Digest of the pictures' bytes and captions."""
         whole = hashlib.sha256()
         for path, caption in self.items:
-            whole.update(hashlib.sha256(path.read_bytes()).digest() + caption.encode())
+            whole.update(bytes.fromhex(_digest(path)) + caption.encode())
         return whole.hexdigest()[:16]
 
-    def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
-        chosen = [self.items[(step * count + i) % len(self.items)] for i in range(count)]
-        return torch.stack([read_picture(path, size) for path, _ in chosen]), [caption for _, caption in chosen]
+    def caption(self, number: int) -> str:
+        return self.items[number % len(self.items)][1]
+
+    def picture(self, number: int, size: tuple[int, int]) -> Tensor:
+        return read_picture(self.items[number % len(self.items)][0], size)
+
+    def key(self, number: int) -> str:
+        return _digest(self.items[number % len(self.items)][0])
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,20 @@ class Photographs:
         """Nothing that the configuration and the prompts do not say already."""
         return ""
 
-    def batch(self, step: int, count: int, size: tuple[int, int]) -> tuple[Tensor, list[str]]:
-        prompts = [self.prompts[(step * count + i) % len(self.prompts)] for i in range(count)]
-        return render(draw_scenes_of(prompts, PHOTO, derive(self.seed, "photographs", step))), prompts
+    def caption(self, number: int) -> str:
+        return self.prompts[number % len(self.prompts)]
+
+    def picture(self, number: int, size: tuple[int, int]) -> Tensor:
+        scene = draw_scenes_of([self.caption(number)], PHOTO, derive(self.seed, "photographs", number))
+        return render(scene)[0]
+
+    def key(self, number: int) -> None:
+        return None  # every number is another scene
+
+
+@cache
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:

@@ -303,7 +303,7 @@ class Study:
             model = load_latent_space(self.source.base, torch.bfloat16, device)
             self.say(f"{self.source.base}: the autoencoder alone; every method is given the true velocity")
         else:
-            model = load_flux(self.source.base, torch.bfloat16, device, self.source.weights)
+            model = load_flux(self.source.base, torch.bfloat16, device, self.source.tuned)
         with CountProgress(len(listed), "pictures") as progress:
             for number, subject in enumerate(self._subjects(model, listed)):
                 found, pictures = self._study(model, reward, subject, number)

@@ -6,51 +6,64 @@ import copy
 import hashlib
 import json
 import math
+import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
-from srpo_cli.algorithms.srpo import Rollout
+from srpo_cli.algorithms.srpo import ControlWords, Injection, Rollout
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
 from srpo_cli.core.target import Target
 from srpo_cli.errors import SrpoError, UsageError
-from srpo_cli.recipes.evaluate import Evaluation, Evaluator
+from srpo_cli.recipes.encodings import EncodedPictures, EncodedPrompts, cache_folder
 from srpo_cli.recipes.parts import (
     Parts,
     Prompts,
     check_miniature_prompts,
     chunks,
-    draw_pictures,
     fingerprint,
     frozen_parameters,
     load_prompts,
     make_parts,
 )
-from srpo_cli.recipes.pictures import Files, Photographs, PictureSource, open_pictures, read_picture
-from srpo_cli.runtime.checkpoints import Checkpoint, find_checkpoint, list_checkpoints, save_checkpoint
-from srpo_cli.runtime.devices import arithmetic, best_device
+from srpo_cli.recipes.pictures import Files, Photographs, PictureSource, open_pictures
+from srpo_cli.recipes.placement import hold, prepare_model
+from srpo_cli.recipes.plan import plan_run
+from srpo_cli.recipes.report import BASE, BEFORE_AFTER, TUNED, Report
+from srpo_cli.recipes.resume import Resumed, check_layout, digest, resume_from
+from srpo_cli.runtime.average import WeightAverage
+from srpo_cli.runtime.checkpoints import (
+    EMA,
+    OPTIMIZER,
+    ROLLOUTS,
+    TRANSFORMER,
+    Checkpoint,
+    save_checkpoint,
+    save_masters,
+)
+from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.distributed import Ranks, join_ranks
-from srpo_cli.runtime.folder import SUMMARY, RunFolder, config_digest, environment
+from srpo_cli.runtime.folder import SUMMARY, RunFolder
 from srpo_cli.runtime.ledger import Ledger
-from srpo_cli.runtime.pictures import save_grid, save_png
+from srpo_cli.runtime.plan import GIB, out_of_memory
 from srpo_cli.runtime.progress import StepProgress
 from srpo_cli.runtime.quiet import quiet_libraries
 from srpo_cli.runtime.seeding import generator
 from srpo_cli.runtime.signals import StopRequest, stop_on_signals
 
-BASE, TUNED = "base.json", "tuned.json"
-BEFORE_AFTER = "before_after.png"
+__all__ = ["BEFORE_AFTER", "Outcome", "Run", "resume_command", "train"]
+
 _CALIBRATION = 64  # pictures that each side of the automatic target is measured on
-_EXACT = ("srpo-cli", "torch", "torchvision", "diffusers", "transformers", "open_clip_torch")
 
 
 @dataclass(frozen=True)
@@ -67,16 +80,18 @@ def train(
     output: Path,
     *,
     resume: bool = False,
+    download: bool = False,
     quiet: bool = False,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Run a training from its configuration, or go on with the one in ``output``.
 
-    Under torchrun every process calls this, and rank 0 returns the summary.
+    Where several processes are started, all call this, and rank 0 returns the summary.
 
     Args:
         resolved: the configuration; with ``resume`` that of the run itself.
         output: the run's folder, new, or with ``resume`` the run that is continued.
+        download: fetch weights and prompts that are not here, each announced by name and size.
         quiet: no progress.
         say: where lines for the user go.
 
@@ -88,20 +103,24 @@ def train(
         folder = RunFolder(Path(ranks.from_rank_0(str(output))))  # a name with the time in it may differ between ranks
         quiet = quiet or not ranks.leads
         with ranks.together():
-            checkpoint = None
+            resumed = Resumed(None, config.train.batch_size * ranks.size)
             if resume:
-                checkpoint = _resume_from(folder, config, ranks)
+                resumed = resume_from(folder, config, ranks)
             elif ranks.leads:
                 folder.check_free()
-            run = Run(config, folder, checkpoint, ranks, (lambda _: None) if quiet else say)
+            tell = (lambda _: None) if quiet else say
+            run = Run(
+                config, folder, resumed, ranks, tell, announce=(say if ranks.leads else tell) if download else None
+            )
             if ranks.leads and resume:
                 folder.go_on(dump_yaml(resolved))
             elif ranks.leads:
-                folder.start(dump_yaml(resolved), processes=ranks.size, device=device.type)
+                folder.start(dump_yaml(resolved), processes=ranks.size, device=device.type, batch=run.batch)
+                run.keep_prompts()
         run.prepare(stop)
         with StepProgress(config.train.steps, run.step, quiet) as progress:
             run.loop(stop, progress)
-        summary = stop.unless_asked(run.finish) if ranks.leads else None
+        summary = run.conclude(stop)
         ranks.wait()
     if stop.signal and not summary:
         if ranks.leads:
@@ -115,90 +134,86 @@ def resume_command(output: Path) -> str:
     return f"srpo train --resume {shlex.quote(str(output))}"
 
 
-def _resume_from(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Checkpoint | None:
-    """The newest checkpoint of a run, None for a run that was stopped before its first.
-
-    Refuses what could not be exact: other library versions, another kind of device or number of processes, or a
-    configuration that is not the checkpoint's.
-    """
-    before, now = folder.environment(), environment()["packages"]
-    for name in _EXACT:
-        if (version := before["packages"].get(name)) != now[name]:
-            raise UsageError(
-                f"{folder.path} was begun with {name} {version}, here is {now[name]}: going on would not be exact; "
-                f"install {name}=={version} or start a new run"
-            )
-    if (device := before.get("device")) != ranks.device.type:
-        raise UsageError(
-            f"{folder.path} was begun on {device}, here is {ranks.device.type}: going on would not be exact; "
-            "go on there or start a new run"
-        )
-    if (processes := before.get("processes")) != ranks.size:
-        raise UsageError(
-            f"{folder.path} was begun with {processes} process(es), here are {ranks.size}: going on would not be "
-            f"exact; start {processes} or a new run"
-        )
-    if not list_checkpoints(folder.checkpoints):
-        return None
-    checkpoint = find_checkpoint(folder.path)
-    if checkpoint.state().get("config") != _digest(config):
-        raise UsageError(f"{checkpoint.path} belongs to another configuration than {folder.path}'s: start a new run")
-    if config.train.steps < checkpoint.step:
-        raise UsageError(
-            f"{folder.path} has done {checkpoint.step} steps already: --steps {config.train.steps} is fewer; give more"
-        )
-    checkpoint.check_transformer()
-    return checkpoint
-
-
-def _digest(config: TrainConfig) -> str:
-    """Digest of all that a step depends on; how long a run is and what it writes is not among it."""
-    free = {"description": True, "train": {"steps"}, "evaluation": True, "samples": True, "checkpoint": True}
-    return config_digest(config.model_dump_json(exclude=free))
-
-
 class Run:
-    """One training run: the parts, where it stands, and what a step does."""
+    """One training run: the parts, where it stands, and what a step does.
+
+    Args:
+        config: all that the run does.
+        folder: where it is written.
+        resumed: where it stands, and how many rollouts a step has over all processes.
+        ranks: the processes.
+        say: where lines for the user go.
+        announce: told about a download before it starts; None: nothing is downloaded.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
         folder: RunFolder,
-        checkpoint: Checkpoint | None,
+        resumed: Resumed,
         ranks: Ranks,
         say: Callable[[str], None],
+        announce: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.folder, self.ranks, self.say = config, folder, ranks, say
-        self.device = ranks.device
-        self.seed = config.train.seed
-        self.prompts: Prompts = load_prompts(
-            config.prompts,
-            config.model.name,
-            held_out=max(config.evaluation.prompts, config.samples.count),
-            split=config.evaluation.split,
-            seed=self.seed,
-        )
+        self.device, self.seed, self.batch = ranks.device, config.train.seed, resumed.batch
+        self.plan = plan_run(config, self.device, ranks.size, ranks.local_size)
+        self.settings = self.plan.settings
+        if self.plan.memory_gib:
+            room = self.plan.machine.memory / GIB
+            say(f"memory plan: {self.plan.name}, {self.plan.total_gib:.1f} of {room:.1f} GiB ({self.plan.why})")
+        self.prompts = self._load_prompts(announce)
         self.pictures = self._open_pictures()
         if config.model.name == "miniature" and self.device.type == "cpu":
             # Its matrices are too small for a second thread to pay, and last bits must not depend on the machine.
             torch.set_num_threads(1)
-        tuned = {"weights": checkpoint.transformer} if checkpoint else {}
-        model_config = config.model.model_copy(update=tuned)
-        self.parts: Parts = make_parts(config.model_copy(update={"model": model_config}), self.device)
-        self.model = self.parts.model
-        self.parameters = self.model.trainable_parameters()
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, options.lr, tuple(options.betas), options.eps, options.weight_decay
-        )
-        self.evaluator = Evaluator(self.parts, config, self.prompts.held_out[: config.evaluation.prompts])
+        checkpoint = resumed.checkpoint
+        self.parts = self._make_parts(checkpoint, announce)
+        self.model, self.algorithm = self.parts.model, self.parts.algorithm
+        self.encoded = self._encode_pictures()
+        prepare_model(self.model, config, self.settings)
+        self.data = self._data()
+        self.trained = hold(self.parts.loaded, config, self.settings, ranks)
+        self.average = self._make_average()
+        self.report = Report(self.parts, config, self.prompts.held_out, folder)
         self.ledger = Ledger()
         self.target: Target | None = None
-        self.step, self.stopped = 0, False
-        self.data = self._data()
+        self.step, self.stopped, self._updated = 0, False, False
+        self.rollouts: list[Rollout] = []
+        self.gaps: list[Tensor] = []
         if checkpoint:
             self._restore(checkpoint)
         self.saved = self.step
+        self.parts.reward.prepare(self._texts())
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained."""
+        return self.trained.parameters
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _load_prompts(self, announce: Callable[[str], None] | None) -> Prompts:
+        config = self.config
+        source = config.prompts
+        if source.source == "-" and self.folder.prompts.exists():  # a run that goes on: standard input was read
+            source = source.model_copy(update={"source": str(self.folder.prompts)})
+
+        def load() -> Prompts:
+            held_out = max(config.evaluation.prompts, config.samples.count)
+            split = config.evaluation.split
+            return load_prompts(source, config.model.name, held_out, split, self.seed, announce)
+
+        if source.source != "-":
+            return load()
+        with self.ranks.together():
+            prompts = load() if self.ranks.leads else None
+        return self.ranks.from_rank_0(prompts)
+
+    def keep_prompts(self) -> None:
+        """Write prompts that came through standard input into the run's folder, so that it can be gone on with."""
+        if self.config.prompts.source == "-":
+            self.folder.keep_prompts(self.prompts.in_order)
 
     def _open_pictures(self) -> PictureSource | None:
         """The pictures that stand for rollouts; the miniature's world must know what they are said to show."""
@@ -209,6 +224,62 @@ class Run:
             check_miniature_prompts([caption for _, caption in pictures.items])
         return pictures
 
+    def _make_parts(self, checkpoint: Checkpoint | None, announce: Callable[[str], None] | None) -> Parts:
+        """Text encoders first, for the prompts that this run consumes, then all the rest without them."""
+        config, folder = self.config, cache_folder(self.config)
+        self.encoded_prompts = encoded = None
+        if folder:
+            self.encoded_prompts = encoded = EncodedPrompts(config, folder, self.device, announce)
+            encoded.encode_ahead(self._consumed(), self.ranks, self.say)
+        tuned = checkpoint.transformer if checkpoint else None
+        parts = make_parts(config, self.settings, self.ranks, tuned, text_encoders=encoded is None, announce=announce)
+        if encoded:
+            parts.model.release_text_encoders(encoded)
+        return parts
+
+    def _consumed(self) -> Iterator[str]:
+        """Every prompt that the model is asked for, some of them several times."""
+        yield from self._trained_on()
+        yield from self.prompts.held_out
+        if self.config.algorithm.target is not None:
+            prompts = self._calibration_prompts()
+            yield from prompts
+            yield from self._asked(prompts)
+
+    def _trained_on(self) -> Iterator[str]:
+        for number in range(self.config.train.steps * self.batch):
+            yield self.pictures.caption(number) if self.pictures else self.prompts.batch([number])[0]
+
+    def _texts(self) -> list[str]:
+        """Every text that the reward is asked for in training."""
+        words = self.algorithm.control_words
+        prompts = list(dict.fromkeys([*self._trained_on(), *self._calibration_prompts()]))
+        return [*prompts, *(text for word in words.all for text in words.texts(word, prompts))]
+
+    def _encode_pictures(self) -> EncodedPictures | None:
+        if not self.pictures:
+            return None
+        autoencoder = fingerprint(self.model.vae.parameters())
+        folder = cache_folder(self.config)
+        return EncodedPictures(self.pictures, self.model, self.config.model.size, folder, autoencoder)
+
+    def _make_average(self) -> WeightAverage | None:
+        decay = self.config.train.ema
+        if decay is None:
+            return None
+        on_the_host = "cpu" if self.settings.plan == "streamed" else None
+        return WeightAverage(self.parameters, decay, self.trained.master, on_the_host)
+
+    def _data(self) -> dict[str, str]:
+        """Digests of what the configuration only names, and what a run may not lose under way."""
+        text = json.dumps([self.prompts.train, self.pictures.digest() if self.pictures else ""])
+        prompts = hashlib.sha256(text.encode()).hexdigest()[:16]
+        frozen = fingerprint(frozen_parameters(self.parts))
+        encoders = self.encoded_prompts.fingerprint if self.encoded_prompts else ""
+        return {"prompts": prompts, "reward": self.parts.reward.weights, "frozen": frozen + encoders}
+
+    # --- where it stands ------------------------------------------------------------------------------------------
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
         for name, what in (
@@ -218,51 +289,70 @@ class Run:
         ):
             if state.get(name) != self.data[name]:
                 raise UsageError(f"{what} have changed since {checkpoint.path} was written: start a new run")
-        checkpoint.load_optimizer(self.optimizer)
+        check_layout(checkpoint, state, self.trained.layout)
+        checkpoint.load_optimizer(self.trained.load_optimizer_state)
+        if self.average:
+            checkpoint.load_average(self._load_average)
         self.step = checkpoint.step
         self._load_state(state)
+        if self._replays:
+            self._recall_rollouts(checkpoint)
         self.stopped = bool(self.target and self.target.reached)
-
-    def _data(self) -> dict[str, str]:
-        """Digests of what the configuration only names, and what a run may not lose under way."""
-        text = json.dumps([self.prompts.train, self.pictures.digest() if self.pictures else ""])
-        prompts = hashlib.sha256(text.encode()).hexdigest()[:16]
-        frozen = fingerprint(frozen_parameters(self.parts))
-        return {"prompts": prompts, "reward": self.parts.reward.weights, "frozen": frozen}
 
     def _state(self) -> dict[str, Any]:
         """Where the run stands, but for weights and optimizer."""
         return {
             "target": self.target.state_dict() if self.target else None,
             "ledger": self.ledger.state_dict(),
-            "evaluator": self.evaluator.state_dict(),
+            "evaluator": self.report.evaluator.state_dict(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.ledger.load_state_dict(state["ledger"])
-        self.evaluator.load_state_dict(state["evaluator"])
+        self.report.evaluator.load_state_dict(state["evaluator"])
         if state["target"]:
             self.target = Target(state["target"]["base"], state["target"]["value"])
             self.target.load_state_dict(state["target"])
+
+    @property
+    def _replays(self) -> int:
+        return self.config.rollout.replay
 
     # --- before ---------------------------------------------------------------------------------------------------
 
     def prepare(self, stop: StopRequest) -> None:
         """Measure and draw the untrained model, and set the target; a run that goes on has all this."""
-        if self.step == 0:
+        if self.step:
+            if self.ranks.leads:
+                self.folder.truncate_log(self.step)
+            return
+        with self._as_measured():
             if self.ranks.leads:
                 self.folder.truncate_log(0)
                 stop.unless_asked(self._measure_base)
-            measured = self.ranks.from_rank_0((self.target.base, self.target.value) if self.target else None)
-            self.target = Target(*measured) if measured else None
-        elif self.ranks.leads:
-            self.folder.truncate_log(self.step)
+        measured = self.ranks.from_rank_0((self.target.base, self.target.value) if self.target else None)
+        self.target = Target(*measured) if measured else None
+
+    @contextmanager
+    def _as_measured(self) -> Iterator[None]:
+        """Averaged weights where there are any, all of them ready for passes that rank 0 makes alone."""
+        with self._memory(), self.average.applied() if self.average else nullcontext():
+            self.trained.gather()
+            yield
+            self.trained.release()
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise SrpoError(out_of_memory(self.plan, self.config)) from error
 
     def _measure_base(self) -> None:
-        if self.evaluator.prompts:
-            self.say(f"measuring the base model on {len(self.evaluator.prompts)} held-out prompts")
-        self._evaluate(BASE)
-        self._sample()
+        if prompts := self.report.evaluator.prompts:
+            self.say(f"measuring the base model on {len(prompts)} held-out prompts")
+        self.report.evaluate(BASE)
+        self.report.sample(self.step)
         with self.ledger:
             self.target = self._calibrate()
 
@@ -271,13 +361,11 @@ class Run:
         wanted = self.config.algorithm.target
         if wanted is None:
             return None
-        prompts = [self.prompts.train[i % len(self.prompts.train)] for i in range(_CALIBRATION)]
+        prompts = self._calibration_prompts()
         base = self._calibration_gap(prompts, prompts)
         if wanted != "auto":
             return Target(base, wanted)
-        words = self.parts.algorithm.control_words
-        asked = [words.texts(words.positive[i % len(words.positive)], [p])[0] for i, p in enumerate(prompts)]
-        positive = self._calibration_gap(asked, prompts)
+        positive = self._calibration_gap(self._asked(prompts), prompts)
         target = Target.from_positive_mode(base, positive, self.config.algorithm.target_reach)
         self.say(
             f"target: semantic gap {base:+.3f} now, {positive:+.3f} when asked for the positive word, "
@@ -285,16 +373,24 @@ class Run:
         )
         return target
 
+    def _calibration_prompts(self) -> list[str]:
+        return self.prompts.batch(range(_CALIBRATION))
+
+    def _asked(self, prompts: list[str]) -> list[str]:
+        """The prompts with the positive words put to them, one after the other."""
+        words = ControlWords(**self.config.control_words.model_dump())
+        return [words.texts(words.positive[i % len(words.positive)], [p])[0] for i, p in enumerate(prompts)]
+
     def _calibration_gap(self, asked: list[str], prompts: list[str]) -> float:
         """Mean gap of rollouts that are drawn as in training, for what is asked, and judged by the prompts."""
-        size, batch = self.config.model.size, self.config.train.batch_size
+        size = self.config.model.size
         noises = [generator(self.seed, "calibration", i) for i in range(len(prompts))]
-        augmentation = generator(self.seed, "calibration augmentation")
+        augmentations = [generator(self.seed, "calibration augmentation", i) for i in range(len(prompts))]
         gaps = []
-        for part in chunks(len(prompts), batch):
+        for part in chunks(len(prompts), self.settings.micro_batch):
             noise = torch.cat([self.model.noise(1, size, draw) for draw in noises[part]])
             pictures = self._decode(self._draw(asked[part], noise))
-            gaps.append(self.parts.algorithm.gap(pictures, prompts[part], generator=augmentation))
+            gaps.append(self.algorithm.gap(pictures, prompts[part], generator=augmentations[part]))
         self.ledger.rollouts += len(prompts)
         self.ledger.forwards += self.config.rollout.steps * len(prompts)
         self.ledger.reward_calls += len(prompts)
@@ -307,17 +403,16 @@ class Run:
         while self.step < self.config.train.steps and not self.stopped and not self._asked_to_stop(stop):
             before = self._remember()
             try:
-                with self.ledger:
-                    record = self._take_step()
+                with self.ledger, self._memory():
+                    record = self.take_step()
             except Exception:
                 with suppress(Exception):  # what to tell is why the step failed
-                    self._take_back(before)
-                    self._save()
+                    if self._take_back(before):
+                        self._save()
                 raise
             self.step += 1
             self.stopped = bool(self.target and self.target.reached)
-            if self.ranks.leads:
-                self._record(record, progress)
+            self._record(record, progress)
         self._save()
 
     def _asked_to_stop(self, stop: StopRequest) -> bool:
@@ -329,18 +424,23 @@ class Run:
     def _record(self, record: dict[str, Any], progress: StepProgress) -> None:
         """Log a completed step, and save, draw and evaluate where it is time to."""
         config = self.config
-        self.folder.log(record)  # before the step is saved: one that cannot be logged is done again
         last = self.stopped or self.step == config.train.steps
-        progress.update(self.step, {k: record[k] for k in ("reward", "sgp_gap", "photo_distance")}, last)
+        if self.ranks.leads:
+            self.folder.log(record)  # before the step is saved: one that cannot be logged is done again
+            progress.update(self.step, {k: record[k] for k in ("reward", "sgp_gap", "photo_distance")}, last)
         if last:
             return
         if self._is_time(config.checkpoint.every):
             self._save()
+        draw, evaluate = self._is_time(config.samples.every), self._is_time(config.evaluation.every)
+        if not draw and not evaluate:
+            return
         try:
-            if self._is_time(config.samples.every):
-                self._sample()
-            if self._is_time(config.evaluation.every):
-                self._evaluate(f"evaluation-{self.step:06d}.json")
+            with self._as_measured():
+                if draw and self.ranks.leads:
+                    self.report.sample(self.step)
+                if evaluate and self.ranks.leads:
+                    self.report.evaluate(f"evaluation-{self.step:06d}.json")
         except Exception:
             with suppress(Exception):  # what to tell is why it failed
                 self._save()
@@ -350,67 +450,80 @@ class Run:
         return every > 0 and self.step % every == 0
 
     def _remember(self) -> dict[str, Any]:
-        """What a failed step may have changed by the time it fails.
+        """What a failed step may have changed by the time it fails; the weights where a step updates them twice."""
+        self._updated = False
+        several = self.config.algorithm.update == "pair" and self.config.algorithm.pairs > 1
+        return {
+            "target": copy.copy(self.target),
+            "ledger": copy.copy(self.ledger),
+            "window": self.report.evaluator.window,
+            "rollouts": (self.rollouts, self.gaps),
+            "trained": self.trained.remember() if several else None,
+        }
 
-        The weights are among it only where a step updates them more than once, and kept on the host.
-        """
-        state = copy.deepcopy(self._state())
-        if self.config.algorithm.update == "pair" and self.config.algorithm.pairs > 1:
-            state["weights"] = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
-            state["optimizer"] = copy.deepcopy(self.optimizer.state_dict())
-        return state
+    def _take_back(self, before: dict[str, Any]) -> bool:
+        """Undo what a failed step did; False where its first update cannot be undone."""
+        self.trained.drop_gradients()
+        self.target, self.ledger, self.report.evaluator.window = before["target"], before["ledger"], before["window"]
+        self.rollouts, self.gaps = before["rollouts"]
+        if self._updated and before["trained"] is None:
+            return False
+        if before["trained"] is not None:
+            self.trained.recall(before["trained"])
+        return True
 
-    @torch.no_grad()
-    def _take_back(self, state: dict[str, Any]) -> None:
-        """Undo what a failed step did."""
-        self._load_state(state)
-        if "weights" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
-            for parameter, weights in zip(self.parameters, state["weights"], strict=True):
-                parameter.copy_(weights)
+    # --- a step ---------------------------------------------------------------------------------------------------
 
-    def _take_step(self) -> dict[str, Any]:
+    def take_step(self) -> dict[str, Any]:
         """Roll out, measure the gap, and take K gradient pairs; returns the step's record."""
         started = time.perf_counter()
-        rollout = self._roll_out()
-        record, gaps = self._measure(self._decode(rollout.x_0), rollout.prompts)
-        weights, scale = None, 1.0
-        if self.target:
-            self.target.update(record["sgp_gap"])
-            weights, scale = self.target.weights(gaps), self.target.lr_scale
-        record |= self._descend(rollout, weights, scale)
+        measured: dict[str, Tensor] = {}
+        distance = None
+        if self.step % (self._replays + 1) == 0 or not self.rollouts:
+            self.rollouts = [self._roll_out(numbers) for numbers in self._micro_batches()]
+            measured, distance = self._measure()
+        record = self._descend(measured, distance)
         return {"step": self.step + 1, **record, "seconds": round(time.perf_counter() - started, 3)}
 
-    @property
-    def _turn(self) -> int:
-        return self.ranks.turn(self.step)
+    def _micro_batches(self) -> list[list[int]]:
+        """Numbers of this rank's rollouts, counted over the run: the same rollouts, however many ranks share them."""
+        share = [self._fresh * self.batch + place for place in self.ranks.share(self.batch)]
+        return [share[part] for part in chunks(len(share), self.settings.micro_batch)]
 
-    def _roll_out(self) -> Rollout:
+    @property
+    def _fresh(self) -> int:
+        """The step that this one's rollouts were, or are, made in."""
+        return self.step - self.step % (self._replays + 1)
+
+    def _generators(self, purpose: str, numbers: Sequence[int]) -> list[torch.Generator]:
+        """A generator for each rollout; with replay a rollout is drawn from at several steps."""
+        again = [self.step - self._fresh] if self.step != self._fresh else []
+        return [generator(self.seed, purpose, number, *again) for number in numbers]
+
+    def _roll_out(self, numbers: list[int]) -> Rollout:
         """Clean latents and their noise: sampled from the model, or encoded from given pictures."""
-        size, batch = self.config.model.size, self.config.train.batch_size
-        noise = self._rollout_noise()
-        if self.pictures:
-            images, prompts = self.pictures.batch(self._turn, batch, size)
-            with arithmetic(self.device, self._dtype):
-                x_0 = self.model.encode(images)
+        size = self.config.model.size
+        noise = self._rollout_noise(numbers)
+        if self.encoded:
+            x_0, prompts = self.encoded.batch(numbers)
         else:
-            prompts = self.prompts.batch(self._turn, batch)
+            prompts = self.prompts.batch(numbers)
             x_0 = self._draw(prompts, noise)
-            self.ledger.forwards += self._everywhere(self.config.rollout.steps * batch)
-        self.ledger.rollouts += self._everywhere(batch)
         return Rollout(x_0, noise, prompts, self.model.encode_prompts(prompts), size)
 
-    def _rollout_noise(self) -> Tensor:
+    def _rollout_noise(self, numbers: list[int]) -> Tensor:
         """The noise that a batch starts from, packed: shared, it is one noise for all samples of all ranks."""
-        size, batch = self.config.model.size, self.config.train.batch_size
+        size = self.config.model.size
         if self.config.rollout.shared_noise:
-            return self.model.noise(1, size, generator(self.seed, "rollout", self.step)).expand(batch, -1, -1)
-        return self.model.noise(batch, size, generator(self.seed, "rollout", self._turn))
+            return self.model.noise(1, size, generator(self.seed, "rollout", self.step)).expand(len(numbers), -1, -1)
+        draws = [generator(self.seed, "rollout", number) for number in numbers]
+        return torch.cat([self.model.noise(1, size, draw) for draw in draws])
 
     def _draw(self, prompts: list[str], noise: Tensor) -> Tensor:
         """Sample clean latents as rollouts are sampled."""
         config = self.config.rollout
-        with arithmetic(self.device, self._dtype):
+        quick = self.model.float8_rollouts() if config.dtype == "float8" else nullcontext()
+        with self.parts.arithmetic(), quick:
             return self.model.sample(
                 self.model.encode_prompts(prompts),
                 noise,
@@ -421,78 +534,98 @@ class Run:
                 truncate_time=self.config.algorithm.schedule == "reference",
             )
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return getattr(torch, self.config.model.dtype)
-
     @torch.no_grad()
     def _decode(self, x_0: Tensor) -> Tensor:
-        with arithmetic(self.device, self._dtype):
-            return self.model.decode(x_0, self.config.model.size)
+        return self.model.decode(x_0, self.config.model.size)
 
     @torch.no_grad()
-    def _measure(self, pictures: Tensor, prompts: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
-        """Reward, gap and photo distance of the rollout's own pictures, and the gap of each of this rank's.
+    def _measure(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Reward and gap of the fresh rollouts' own pictures as this rank's share of their means; photo distance.
 
         The photo distance is that of rank 0's pictures: it looks back over many steps anyway.
         """
-        gaps = self.parts.algorithm.gap(
-            pictures, prompts, generator=generator(self.seed, "gap augmentation", self._turn)
-        )
-        reward, gap = self.ranks.mean(self.parts.reward(pictures, prompts).mean().item(), gaps.mean().item())
-        self.ledger.reward_calls += self._everywhere(2 * len(pictures))
-        distance = self.evaluator.live_distance(pictures, list(prompts)) if self.ranks.leads else None
-        return {"reward": reward, "sgp_gap": gap, "photo_distance": distance}, gaps
+        pictures = [self._decode(rollout.x_0) for rollout in self.rollouts]
+        self.gaps, rewards = [], []
+        for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
+            draws = self._generators("gap augmentation", numbers)
+            self.gaps.append(self.algorithm.gap(images, rollout.prompts, generator=draws))
+            rewards.append(self.parts.reward(images, rollout.prompts))
+        self.ledger.rollouts += self.batch
+        self.ledger.reward_calls += 2 * self.batch
+        if not self.encoded:
+            self.ledger.forwards += self.config.rollout.steps * self.batch
+        prompts = [prompt for rollout in self.rollouts for prompt in rollout.prompts]
+        distance = self.report.evaluator.live_distance(torch.cat(pictures), prompts) if self.ranks.leads else None
+        share = self.ranks.size / self.batch
+        return {"reward": torch.cat(rewards).sum() * share, "sgp_gap": torch.cat(self.gaps).sum() * share}, distance
 
-    def _descend(self, rollout: Rollout, weights: Tensor | None, scale: float) -> dict[str, Any]:
+    def _descend(self, measured: dict[str, Tensor], distance: Tensor | None) -> dict[str, Any]:
         """Accumulate K pairs of gradients and update after each pair, or once after all."""
-        config, batch = self.config.algorithm, len(rollout.prompts)
-        draws = self.parts.draws.pairs(batch, config.pairs, generator(self.seed, "injection", self._turn))
-        augmentation = generator(self.seed, "augmentation", self._turn)
+        config = self.config.algorithm
+        numbers = self._micro_batches()
+        draws = [self.parts.draws.pairs(self._generators("injection", part), config.pairs) for part in numbers]
+        augmentations = [self._generators("augmentation", part) for part in numbers]
         per_update = 1 if config.update == "pair" else config.pairs
+        record: dict[str, Any] = dict.fromkeys(("reward", "sgp_gap", "photo_distance"))
         losses, norms = [], []
         for part in chunks(config.pairs, per_update):
-            loss = 0.0
-            for injections in draws[part]:
-                with arithmetic(self.device, self._dtype):
-                    metrics = self.parts.algorithm.backward(
-                        rollout,
-                        injections,
-                        self.step + 1,
-                        weights=weights,
-                        scale=1 / (len(injections) * per_update),
-                        generator=augmentation,
-                    )
-                self.ledger.gradient_passes += self._everywhere(len(injections) * batch)
-                self.ledger.reward_calls += self._everywhere(len(injections) * batch)
-                loss += metrics["loss"]
-            loss = self.ranks.average_gradients(self.parameters, loss)
-            losses.append(loss)
-            norms.append(self._update(loss, scale))
-        return {
-            "loss": sum(losses) / len(losses),
-            "grad_norm": sum(norms) / len(norms),
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
+            loss = self._accumulate([pairs[part] for pairs in draws], augmentations)
+            told = self._update({"loss": loss, **measured}, distance)
+            losses.append(told.pop("loss"))
+            norms.append(told.pop("grad_norm"))
+            record |= told
+            measured, distance = {}, None
+        mean = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
+        return {**record, **mean, "lr": self.trained.optimizer.param_groups[0]["lr"]}
 
-    def _everywhere(self, count: int) -> int:
-        """What all ranks did, of which each does the same."""
-        return count * self.ranks.size
+    def _accumulate(self, draws: list[list[list[Injection]]], augmentations: list[list[torch.Generator]]) -> Tensor:
+        """Gradients of all micro-batches for one update, each with its pairs; returns this rank's share of the loss."""
+        passes = [(number, injections) for number, pairs in enumerate(draws) for injections in pairs]
+        losses = []
+        for done, (number, injections) in enumerate(passes, 1):
+            rollout = self.rollouts[number]
+            self.trained.accumulate(last=done == len(passes))
+            share = len(rollout.prompts) * self.ranks.size / self.batch
+            with self.parts.arithmetic():
+                metrics = self.algorithm.backward(
+                    rollout,
+                    injections,
+                    self.step + 1,
+                    weights=self.target.weights(self.gaps[number]) if self.target else None,
+                    scale=share / (len(injections) * len(draws[number])),
+                    generator=augmentations[number],
+                    batched=self.settings.batch_branches,
+                )
+            losses.append(metrics["loss"])
+        count = sum(map(len, draws[0])) * self.batch
+        self.ledger.gradient_passes += count
+        self.ledger.reward_calls += count
+        return sum(losses)
 
-    def _update(self, loss: float, scale: float) -> float:
-        """One optimizer step at the rate that warm-up and target leave; returns the gradient norm before clipping."""
+    def _update(self, values: dict[str, Tensor], distance: Tensor | None) -> dict[str, float | None]:
+        """One optimizer step at the rate that warm-up and target leave; returns the values' means over the ranks.
+
+        The host waits for the device here and nowhere else: what it has to know of a step comes in one transfer.
+        """
         options = self.config.optimizer
-        norm = nn.utils.clip_grad_norm_(self.parameters, options.grad_clip or math.inf).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise self.ranks.common(self._not_finite(loss, norm))
+        means = self.trained.average(self.ranks, torch.stack([value.float() for value in values.values()]))
+        norm = self.trained.clip(options.grad_clip)
+        wanted = {**dict(zip(values, means, strict=True)), "grad_norm": norm}
+        if distance is not None:
+            wanted["photo_distance"] = distance
+        told = dict(zip(wanted, torch.stack([value.to(means) for value in wanted.values()]).tolist(), strict=True))
+        if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
+            self.trained.drop_gradients()
+            raise self.ranks.common(self._not_finite(told["loss"], told["grad_norm"]))
+        if self.target and "sgp_gap" in told:
+            self.target.update(told["sgp_gap"])
         warm = min(1.0, (self.ledger.updates + 1) / options.warmup_steps) if options.warmup_steps else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * warm * scale
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._updated = True
+        self.trained.step(options.lr * warm * (self.target.lr_scale if self.target else 1.0))
+        if self.average:
+            self.average.update()
         self.ledger.updates += 1
-        return norm
+        return told
 
     def _not_finite(self, loss: float, norm: float) -> SrpoError:
         what = f"loss {loss:g} with gradient norm {norm:g} at step {self.step + 1}"
@@ -502,91 +635,90 @@ class Run:
         weights = shlex.quote(str(Checkpoint.of(self.folder.checkpoints, self.step).transformer))
         return SrpoError(f"{what}: the {self.step} before it are saved; {advice} and --set model.weights={weights}")
 
+    # --- saving ---------------------------------------------------------------------------------------------------
+
     def _save(self) -> None:
         """Write a checkpoint, unless this step has one."""
-        if not self.ranks.leads or self.saved == self.step:
+        if self.saved == self.step:
             return
-        state = {"config": _digest(self.config), **self.data, **self._state()}
-        keep = self.config.checkpoint.keep
-        save_checkpoint(self.folder.checkpoints, self.step, self.model.save_weights, self.optimizer, state, keep)
+        if self.ranks.leads:
+            state = {"config": digest(self.config), "layout": self.trained.layout, **self.data, **self._state()}
+            keep = self.config.checkpoint.keep
+            save_checkpoint(self.folder.checkpoints, self.step, self._write, state, keep)
+        else:
+            self._write(None)
         self.saved = self.step
 
-    # --- pictures and figures -------------------------------------------------------------------------------------
+    def _write(self, folder: Path | None) -> None:
+        """Weights, averages, optimizer and rollouts to be replayed; a rank without a folder only gives its part."""
+        self._write_weights(folder)
+        state = self.trained.optimizer_state()
+        rollouts = self._collect_rollouts() if self._replays else None
+        if folder:
+            torch.save(state, folder / OPTIMIZER)
+            if rollouts:
+                save_file(rollouts, folder / ROLLOUTS)
 
-    def _sample(self) -> None:
-        """Draw the fixed prompts from their fixed noises: a folder of pictures and a grid, named after the step."""
-        config = self.config
-        prompts = self.prompts.held_out[: config.samples.count]
-        if not prompts:
+    def _write_weights(self, folder: Path | None) -> None:
+        if self.config.train.mode == "full":
+            names = self.trained.named
+            save_masters(folder and folder / TRANSFORMER, self.model.transformer, self.trained.masters())
+            if self.average:
+                averages = zip(names, self.average.averages, strict=True)
+                whole = ((name, self.trained.whole(average)) for name, average in averages)
+                save_masters(folder and folder / EMA, self.model.transformer, whole)
+        elif folder:  # every rank has the whole LoRA
+            self.model.save_weights(folder / TRANSFORMER)
+            if self.average:
+                with self.average.applied():
+                    self.model.save_weights(folder / EMA)
+
+    def _load_average(self, tensors: dict[str, Tensor]) -> None:
+        """Go on averaging from the weights that ``ema/`` holds, by their names in the file."""
+        found = [tensors[re.sub(r"(\.lora_[AB])\.\w+\.", r"\1.", name)] for name in self.trained.named]
+        self.average.load_state_dict({"averages": self.trained.parts(found)})
+
+    def _collect_rollouts(self) -> dict[str, Tensor] | None:
+        """What a replay starts from, of all ranks in the order of their samples; on rank 0."""
+        own = [torch.cat([getattr(rollout, name) for rollout in self.rollouts]).cpu() for name in ("x_0", "eps")]
+        shares = self.ranks.gather([*own, torch.cat(self.gaps).cpu()])
+        columns = zip(*shares, strict=True)
+        return {name: torch.cat(column) for name, column in zip(("x_0", "eps", "gaps"), columns, strict=True)}
+
+    def _recall_rollouts(self, checkpoint: Checkpoint) -> None:
+        """The rollouts that the checkpoint's steps were taken on, this rank's share of them."""
+        if self.step % (self._replays + 1) == 0:
             return
-        noises = [generator(self.seed, "samples", i) for i in range(len(prompts))]
-        with arithmetic(self.device, self._dtype):
-            pictures = draw_pictures(
-                self.model,
-                prompts,
-                noises,
-                config.model.size,
-                config.sampling.steps,
-                config.sampling.guidance,
-                8,
-            )
-        folder = self._samples_of(self.step)
-        folder.mkdir(exist_ok=True)
-        for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-            metadata = {
-                "prompt": prompt,
-                "model": config.model.name,
-                "step": self.step,
-                "run": str(self.folder.path),
-            }
-            save_png(picture, folder / f"{i:02d}.png", metadata)
-        save_grid([pictures], folder.with_suffix(".png"), captions=prompts)
+        kept = checkpoint.rollouts(self.device)
+        first = self._fresh * self.batch
+        for numbers in self._micro_batches():
+            place = slice(numbers[0] - first, numbers[-1] - first + 1)
+            prompts = [self.pictures.caption(n) for n in numbers] if self.pictures else self.prompts.batch(numbers)
+            conditioning = self.model.encode_prompts(prompts)
+            size = self.config.model.size
+            self.rollouts.append(Rollout(kept["x_0"][place], kept["eps"][place], prompts, conditioning, size))
+            self.gaps.append(kept["gaps"][place])
 
-    def _samples_of(self, step: int) -> Path:
-        return self.folder.samples / f"step-{step:06d}"
+    # --- after ----------------------------------------------------------------------------------------------------
 
-    def _draw_before_after(self) -> None:
-        """One sheet with the fixed prompts before and after and, on the miniature, as the renderer's photographs."""
-        size, prompts = self.config.model.size, self.prompts.held_out[: self.config.samples.count]
-        if not prompts:
-            return
-        rows = [
-            torch.stack([read_picture(path, size) for path in sorted(self._samples_of(step).glob("*.png"))])
-            for step in (0, self.step)
-        ]
-        labels = ["base", "tuned"]
-        if self.parts.knows_only_the_world:
-            photographs, _ = Photographs(prompts, self.seed).batch(0, len(prompts), size)
-            rows.append(self.evaluator.round_trip(photographs))
-            labels.append("photograph")
-        save_grid(rows, self.folder.path / BEFORE_AFTER, labels, prompts)
+    def conclude(self, stop: StopRequest) -> dict[str, Any] | None:
+        """Measure the tuned model, draw before and after, and write the summary; on rank 0, unless stopped."""
+        with self._as_measured():
+            return stop.unless_asked(self._finish) if self.ranks.leads else None
 
-    def _evaluate(self, name: str) -> Evaluation | None:
-        if not self.evaluator.prompts:
-            return None
-        with arithmetic(self.device, self._dtype):
-            evaluation = self.evaluator.run()
-        self.folder.write_json(name, evaluation.to_json())
-        return evaluation
-
-    def finish(self) -> dict[str, Any]:
-        """Measure the tuned model, and write the pictures of before and after and the summary."""
-        if self.evaluator.prompts:
-            self.say(f"measuring the tuned model on {len(self.evaluator.prompts)} held-out prompts")
-        tuned = self._evaluate(TUNED)
-        self._sample()
-        self._draw_before_after()
-        base = self.folder.path / BASE
-        summary = {
-            "base": json.loads(base.read_text()) if tuned and base.exists() else {},
-            "tuned": tuned.to_json() if tuned else {},
-            "steps": self.step,
-            "stopped_by": "target" if self.stopped else "steps",
-            "seconds": round(self.ledger.seconds, 1),
-            "ledger": self.ledger.report(),
-            "seed": self.seed,
-            "model": self.config.model.name,
-            "evaluation_prompts": len(self.evaluator.prompts),
-        }
+    def _finish(self) -> dict[str, Any]:
+        if prompts := self.report.evaluator.prompts:
+            self.say(f"measuring the tuned model on {len(prompts)} held-out prompts")
+        tuned = self.report.evaluate(TUNED)
+        self.report.sample(self.step)
+        self.report.before_after(self.step)
+        summary = self.report.summary(
+            tuned,
+            steps=self.step,
+            stopped_by="target" if self.stopped else "steps",
+            seconds=round(self.ledger.seconds, 1),
+            ledger=self.ledger.report(),
+            plan=self.plan.name,
+        )
         self.folder.write_json(SUMMARY, summary)
         return summary

@@ -57,6 +57,9 @@ class Reward(ABC):
         """
         return tuple(self(images, column) for column in texts)
 
+    def prepare(self, texts: Sequence[str]) -> None:  # noqa: B027 - most rewards have nothing to prepare
+        """Told which texts it will be asked for; a reward that can read them once for all overrides this."""
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The weights behind it, none where they live elsewhere."""
         for module in vars(self).values():

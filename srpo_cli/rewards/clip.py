@@ -67,6 +67,7 @@ class ClipReward(VisionReward):
         self.tokenizer = tokenizer
         self.scale = scale
         self._text_cache: dict[str, Tensor] = {}
+        self._texts_prepared = False
         self._text_lock = Lock()  # two threads would compute one text twice
 
     @property
@@ -77,16 +78,35 @@ class ClipReward(VisionReward):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.clip.encode_image(pixels)
 
+    @property
+    def device(self) -> torch.device:
+        """Where pictures are judged; the text tower may be elsewhere."""
+        return next(tensor for name, tensor in self._towers.named_parameters() if _is_vision(name)).device
+
+    @property
+    def _towers(self) -> nn.Module:
+        return getattr(self.clip, "model", self.clip)  # transformers' CLIPModel is wrapped
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Compute the features of ``texts``; from then on the text tower waits on the host for others."""
+        self.text_features(texts)
+        self._texts_prepared = True
+        _move_text_tower(self._towers, "cpu")
+
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Unit features (N, D) of texts, computed once per distinct text."""
         with self._text_lock, self._own_precision():
             new = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
+            if new and self._texts_prepared:
+                _move_text_tower(self._towers, self.device)
             for start in range(0, len(new), _TEXT_BATCH):
                 batch = new[start : start + _TEXT_BATCH]
                 padded = batch + batch[-1:] * (_TEXT_BATCH - len(batch))
                 features = unit_vectors(self.clip.encode_text(self.tokenizer(padded).to(self.device)))
                 self._text_cache.update(zip(batch, features, strict=False))
+            if new and self._texts_prepared:
+                _move_text_tower(self._towers, "cpu")
         return torch.stack([self._text_cache[text] for text in texts])
 
     def scores(self, images: Images, *texts: Sequence[str]) -> tuple[Tensor, ...]:
@@ -99,6 +119,20 @@ class ClipReward(VisionReward):
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Tensor:
         return self.scores(images, prompts)[0].float()
+
+
+def _is_vision(name: str) -> bool:
+    """Whether a part of a CLIP belongs to its picture side, in open_clip's names and in transformers'."""
+    return name.startswith("vis")
+
+
+def _move_text_tower(towers: nn.Module, device: str | torch.device) -> None:
+    """Move all of a CLIP that pictures do not need."""
+    for name, child in towers.named_children():
+        if not _is_vision(name):
+            child.to(device)
+    for tensor in (*towers.parameters(recurse=False), *towers.buffers(recurse=False)):
+        tensor.data = tensor.data.to(device)
 
 
 def load_open_clip(

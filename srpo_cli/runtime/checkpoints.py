@@ -1,8 +1,9 @@
 """Checkpoints that an interrupted run goes on from, bit for bit on one device.
 
-``checkpoints/step-000020/`` holds ``transformer/`` in diffusers' layout (safetensors, a LoRA where one is trained),
-``optimizer.pt`` (tensors only, read with ``weights_only=True``) and ``state.json``. It is written under another name
-and renamed when whole.
+``checkpoints/step-000020/`` holds ``transformer/`` in diffusers' layout (safetensors; the float32 masters, or the LoRA
+that is trained), ``ema/`` in the same layout where weights are averaged, ``optimizer.pt`` (tensors only, read with
+``weights_only=True``), ``rollouts.safetensors`` where rollouts are replayed, and ``state.json``. It is written under
+another name and renamed when whole. Nothing in it depends on how many processes wrote it.
 """
 
 from __future__ import annotations
@@ -12,17 +13,23 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.runtime.folder import disk_errors
 
+TRANSFORMER, EMA, OPTIMIZER, ROLLOUTS = "transformer", "ema", "optimizer.pt", "rollouts.safetensors"
+_FILE_BYTES = 10 * 10**9
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -65,16 +72,29 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise self._damaged("transformer") from error
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Restore the optimizer; SrpoError if the file is damaged or of another model."""
+    def load_optimizer(self, load: Callable[[dict[str, Any]], None]) -> None:
+        """Give ``load`` the optimizer's state; SrpoError if the file is damaged or of another model."""
         try:
-            optimizer.load_state_dict(torch.load(self.path / "optimizer.pt", weights_only=True, map_location="cpu"))
-            for parameter, moments in optimizer.state.items():
-                for moment in moments.values():
-                    if moment.dim() and moment.shape != parameter.shape:  # load_state_dict only counts
-                        raise ValueError(f"shape {tuple(moment.shape)}")
+            load(torch.load(self.path / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True))
         except (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise self._damaged("optimizer.pt") from error
+            raise self._damaged(OPTIMIZER) from error
+
+    def load_average(self, load: Callable[[dict[str, Tensor]], None]) -> None:
+        """Give ``load`` the averaged weights by the transformer's names; SrpoError if they are damaged or not there."""
+        try:
+            tensors: dict[str, Tensor] = {}
+            for file in sorted((self.path / EMA).glob("*.safetensors")):
+                tensors |= {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
+            load(tensors)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise self._damaged(EMA) from error
+
+    def rollouts(self, device: torch.device) -> dict[str, Tensor]:
+        """The rollouts that are replayed; SrpoError if the file cannot be read."""
+        try:
+            return load_file(self.path / ROLLOUTS, device=str(device))
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(ROLLOUTS) from error
 
     def _damaged(self, what: str) -> SrpoError:
         earlier = [c for c in list_checkpoints(self.path.parent) if c.step < self.step]
@@ -93,14 +113,13 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 def save_checkpoint(
     folder: Path,
     step: int,
-    save_weights: Callable[[Path], None],
-    optimizer: torch.optim.Optimizer,
+    write: Callable[[Path], None],
     state: dict[str, Any],
     keep: int,
 ) -> Checkpoint:
     """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
 
-    ``save_weights`` writes the model's trained weights to a folder that it makes.
+    ``write`` puts the tensors into the folder that it is given.
     """
     checkpoint = Checkpoint.of(folder, step)
     path = checkpoint.path
@@ -110,8 +129,7 @@ def save_checkpoint(
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             temporary.mkdir()
-            save_weights(temporary / "transformer")
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            write(temporary)
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
             for written in (*temporary.rglob("*"), temporary):
                 _sync(written)
@@ -131,6 +149,55 @@ def save_checkpoint(
         for old in list_checkpoints(folder)[:-keep]:
             _remove(old.path)
     return checkpoint
+
+
+def save_masters(folder: Path | None, model: ModelMixin, masters: Iterable[tuple[str, Tensor]]) -> None:
+    """Write weights to a new folder that diffusers reads, a file of about 10 GB at a time.
+
+    Args:
+        folder: where; None: nothing is written, but every weight is asked for, as a rank has to that holds a part.
+        model: whose configuration goes with them.
+        masters: every weight by name; only what goes into one file is in host memory at a time.
+    """
+    written: list[tuple[Path, list[str]]] = []
+    part: dict[str, Tensor] = {}
+    if folder:
+        model.save_config(folder)
+
+    def close() -> None:
+        path = folder / f"part-{len(written)}.safetensors"
+        save_file(part, path, {"format": "pt"})
+        written.append((path, list(part)))
+        part.clear()
+
+    size = total = 0
+    for name, master in masters:
+        if not folder:
+            continue
+        bytes_here = master.numel() * master.element_size()
+        if part and size + bytes_here > _FILE_BYTES:
+            close()
+            size = 0
+        part[name] = master.cpu().contiguous()
+        size, total = size + bytes_here, total + bytes_here
+    if folder:
+        close()
+        _name_parts(folder, written, total)
+
+
+def _name_parts(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> None:
+    """Give the files of one set of weights the names that diffusers looks for."""
+    if len(written) == 1:
+        written[0][0].replace(folder / SAFETENSORS_WEIGHTS_NAME)
+        return
+    stem, suffix = SAFETENSORS_WEIGHTS_NAME.split(".")
+    places = {}
+    for number, (path, names) in enumerate(written, 1):
+        name = f"{stem}-{number:05d}-of-{len(written):05d}.{suffix}"
+        path.replace(folder / name)
+        places |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _remove(path: Path) -> None:

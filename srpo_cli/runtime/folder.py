@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from srpo_cli.errors import SrpoError, UsageError
 
 CONFIG, ENVIRONMENT, METRICS, SUMMARY = "config.yaml", "environment.json", "metrics.jsonl", "summary.json"
+PROMPTS = "prompts.jsonl"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 _PACKAGES = (
@@ -87,6 +88,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self.prompts = path / PROMPTS
 
     def check_free(self) -> None:
         """UsageError where a run, or anything else, already is, and where nothing can be written."""
@@ -123,6 +125,11 @@ class RunFolder:
         with disk_errors(self.path):
             for folder in (self.samples, self.checkpoints):
                 folder.mkdir(exist_ok=True)
+
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Write prompts that nobody could read again."""
+        rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts]
+        write_atomically(self.prompts, "".join(rows))
 
     def environment(self) -> dict[str, Any]:
         """Where the run was begun; SrpoError if that cannot be read."""

@@ -244,7 +244,7 @@ def load_file_of_the_miniature():
 
 
 def test_a_lora_is_trained_saved_and_gone_on_with_alone(lora, tmp_path, tiny, srpo, assert_same):
-    weights = ["--set", f"model.weights={lora}"]
+    weights = ["--set", "train.mode=lora", "--set", f"model.weights={lora}"]
     assert srpo(*tiny(tmp_path / "whole", *weights)).exit_code == 0
     assert srpo(*tiny(tmp_path / "half", *weights, steps=2)).exit_code == 0
     trained = load_file(tmp_path / "half/checkpoints/step-000002/transformer/pytorch_lora_weights.safetensors")

@@ -120,8 +120,8 @@ def other_device(run):
     replace_json(run / "environment.json", lambda it: it.update(device="cuda"))
 
 
-def more_processes(run):
-    replace_json(run / "environment.json", lambda it: it.update(processes=2))
+def fewer_rollouts_than_processes(run):
+    replace_json(run / "environment.json", lambda it: it.update(batch=0))
 
 
 def no_environment(run):
@@ -178,7 +178,7 @@ def optimizer_of_another_model(run):
     [
         (other_version, 2, "was begun with torch 1.0.0, here is"),
         (other_device, 2, "was begun on cuda, here is cpu"),
-        (more_processes, 2, "was begun with 2 process(es), here are 1"),
+        (fewer_rollouts_than_processes, 2, "has 0 rollout(s), here are 1 processes: start 0 at most"),
         (no_environment, 1, "environment.json cannot be read"),
         (other_configuration, 2, "belongs to another configuration"),
         (unreadable_configuration, 2, "config.yaml"),
@@ -242,7 +242,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_every_completed_step(
 ):
     run = tmp_path / "run"
     with monkeypatch.context():
-        rewards_fail_at(2 * 4 + 2 * pair)  # in step 3, which takes two pairs of two branches as every step
+        rewards_fail_at(2 * 2 + pair)  # in step 3, which takes two pairs as every step, both branches in one call
         outcome = srpo(*tiny(run, "--set", "checkpoint.every=0"))
     assert outcome.exit_code == 1
     assert outcome.stderr.splitlines()[-1] == (

@@ -374,3 +374,17 @@ def test_a_clip_needs_weights_a_known_architecture_and_a_known_tag(tmp_path: Pat
         MissingError, match=r"openai needs .* \(0\.61 GB in float32\).*timm/vit_base_patch32_clip_224\.openai"
     ):
         load_open_clip("clip:ViT-B-32/openai", tmp_path)
+
+
+def test_prepared_texts_are_never_encoded_again():
+    clip = open_clip.create_model("ViT-B-32", pretrained=None)
+    reward = ClipReward(clip, open_clip.get_tokenizer("ViT-B-32"), preprocess=Preprocess(224))
+    reward.prepare(["a cat", "a dog"])
+    prepared = reward.text_features(["a cat", "a dog"])
+    for name, child in clip.named_children():
+        if name != "visual":
+            child.to("meta")  # where nothing can be computed
+    assert torch.equal(reward.text_features(["a dog", "a cat"]), prepared[[1, 0]])
+    assert reward.device == torch.device("cpu")
+    with pytest.raises(NotImplementedError, match="meta"):
+        reward.text_features(["a bird"])
