@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from typing import Annotated
@@ -59,10 +58,13 @@ def root(
     ] = False,
 ) -> None:
     """Align a text-to-image model with a human preference, and see whether it worked."""
+    _quiet_imports()
 
 
 def _quiet_imports() -> None:
     """Keep what libraries say while they are imported off the terminal; ``runtime.quiet`` sees to the rest."""
+    import logging
+
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     for library in ("bitsandbytes", "torch.utils._pytree"):
@@ -71,6 +73,5 @@ def _quiet_imports() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``srpo`` with ``arguments``, the process's own where None, and leave with its exit code."""
-    _quiet_imports()
     with one_line_errors():
         app(args=arguments, prog_name="srpo")

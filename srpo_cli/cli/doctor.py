@@ -10,7 +10,6 @@ import typer
 from srpo_cli.cli.options import FormatOption, OptionalPresetOption
 from srpo_cli.cli.output import OutputFormat, note, print_rows
 from srpo_cli.cli.plan import describe, document, launch_line, to_json
-from srpo_cli.config.load import load_train_config
 from srpo_cli.errors import MissingError, SrpoError
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 def doctor(preset: OptionalPresetOption = None, output_format: FormatOption = OutputFormat.TABLE) -> None:
     """Say what would run here: versions, devices, disk, and the weights, memory and time of a preset."""
+    from srpo_cli.config.load import load_train_config
+
     if preset is not None:
         load_train_config(preset)  # a bad name is refused before torch is loaded
     from srpo_cli.runtime import doctor as examine

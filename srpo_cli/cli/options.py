@@ -9,10 +9,16 @@ from typing import Annotated
 import typer
 
 from srpo_cli.cli.output import OutputFormat
-from srpo_cli.config.load import preset_names
 from srpo_cli.errors import UsageError
 
-_PRESET = {"metavar": "NAME|FILE", "help": "Preset, or NAME:VARIANT.", "autocompletion": preset_names}
+
+def _preset_names() -> list[str]:
+    from srpo_cli.config.load import preset_names
+
+    return preset_names()
+
+
+_PRESET = {"metavar": "NAME|FILE", "help": "Preset, or NAME:VARIANT.", "autocompletion": _preset_names}
 
 PresetArgument = Annotated[str, typer.Argument(**_PRESET)]
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from srpo_cli.cli.output import OutputFormat
-from srpo_cli.config.load import Resolved, dump_yaml
-from srpo_cli.config.schema import TrainConfig
 
 if TYPE_CHECKING:  # the commands import it when they are called, like all of its room
+    from srpo_cli.config.load import Resolved
+    from srpo_cli.config.schema import TrainConfig
     from srpo_cli.runtime.plan import Machine, Plan
 
 _GIB = 2**30
@@ -46,6 +46,8 @@ def print_dry_run(resolved: Resolved, machine: Machine, launch: str, output_form
 
     Raises MissingError where the plan cannot be counted, after the configuration was printed as a preset.
     """
+    from srpo_cli.config.load import dump_yaml
+
     if output_format is OutputFormat.TABLE:
         typer.echo(dump_yaml(resolved), nl=False)
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from srpo_cli.cli.options import FormatOption, OverridesOption, PresetArgument
 from srpo_cli.cli.output import OutputFormat, note, print_rows
-from srpo_cli.config.load import (
-    Resolved,
-    dump_yaml,
-    load_train_config,
-    preset_names,
-    read_preset,
-    split_variant,
-)
 from srpo_cli.errors import UsageError
 from srpo_cli.registry import check_parts
+
+if TYPE_CHECKING:  # pydantic and YAML take longer than all of `srpo --help`
+    from srpo_cli.config.load import Resolved
 
 app = typer.Typer(no_args_is_help=True, help="List, show, copy and validate presets.")
 
@@ -26,6 +21,8 @@ app = typer.Typer(no_args_is_help=True, help="List, show, copy and validate pres
 @app.command("list")
 def list_presets(output_format: FormatOption = OutputFormat.TABLE) -> None:
     """List the presets and their variants."""
+    from srpo_cli.config.load import preset_names, read_preset
+
     presets = [read_preset(name) for name in preset_names()]
     rows = [
         {
@@ -51,6 +48,8 @@ def show_preset(
     ] = False,
 ) -> None:
     """Show every value of a preset and where it comes from; the text is itself a preset."""
+    from srpo_cli.config.load import dump_yaml, load_train_config
+
     resolved = load_train_config(preset, overrides=overrides or [], miniature=miniature)
     typer.echo(dump_yaml(resolved), nl=False)
 
@@ -60,6 +59,8 @@ def copy_preset(
     preset: PresetArgument, file: Annotated[Path, typer.Argument(help="File to write; must not exist yet.")]
 ) -> None:
     """Copy a preset, comments included, to a file of your own."""
+    from srpo_cli.config.load import read_preset, split_variant
+
     name, variant = split_variant(preset)
     text = read_preset(name).text
     try:
@@ -94,6 +95,8 @@ def validate_presets(
 
 def _every_form(name: str) -> list[Resolved]:
     """The preset resolved for each of its variants, and on the miniature where it has such a section."""
+    from srpo_cli.config.load import load_train_config, read_preset
+
     preset = read_preset(name)
     forms = []
     for variant, layer in (preset.variants or {None: preset.base}).items():

@@ -11,7 +11,6 @@ from srpo_cli.cli.options import OptionalPresetOption, OutputOption, TrustOption
 from srpo_cli.cli.output import OutputFormat, RowFormat, RowWriter, note, print_rows
 from srpo_cli.cli.plugins import admit_plugin, check_plugin
 from srpo_cli.cli.sample import BaseOption, GuidanceOption, ModelOption, SizeOption, default_model, parse_size
-from srpo_cli.config.load import MINIATURE, load_train_config
 from srpo_cli.errors import UsageError
 from srpo_cli.registry import REWARDS
 
@@ -143,6 +142,8 @@ def recover(
     source = _source(model, base, noise_only)
     algorithm = None
     if preset:
+        from srpo_cli.config.load import MINIATURE, load_train_config
+
         algorithm = load_train_config(preset, miniature=source.base == MINIATURE).config.algorithm
     if reward:
         admit_plugin(reward, trust, note)

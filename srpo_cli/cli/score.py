@@ -28,14 +28,15 @@ from srpo_cli.cli.launch import (
 from srpo_cli.cli.options import OptionalPresetOption, TrustOption, WeightsOption, parse_weights
 from srpo_cli.cli.output import OutputFormat, RowFormat, RowWriter, print_rows
 from srpo_cli.cli.plugins import admit_plugin
-from srpo_cli.config.load import MINIATURE, load_train_config
-from srpo_cli.config.schema import TrainConfig
 from srpo_cli.errors import UsageError
 from srpo_cli.registry import REWARDS
 
 if TYPE_CHECKING:  # imports torch
+    from srpo_cli.config.schema import TrainConfig
     from srpo_cli.recipes.score import Request, Summary, Wording
     from srpo_cli.runtime.inputs import Picture
+
+_MINIATURE = "miniature"  # the model, and the reward that judges its pictures
 
 EXAMPLES = """Examples:
 
@@ -147,7 +148,7 @@ def score(
         for name in names or [wording.default_reward]:
             REWARDS.find(name)
             admit_plugin(name, trust, say)
-        places = parse_weights(weights or [], names or [wording.default_reward, MINIATURE])
+        places = parse_weights(weights or [], names or [wording.default_reward, _MINIATURE])
         if not names:
             places = wording.default_weights | places
         if check and calibrate:
@@ -274,6 +275,8 @@ class _Wording:
         self._plain: TrainConfig | None = None
         self._miniature: TrainConfig | UsageError | None = None
         if preset:
+            from srpo_cli.config.load import load_train_config
+
             self._plain = load_train_config(preset).config
             try:
                 self._miniature = load_train_config(preset, miniature=True).config
@@ -305,7 +308,7 @@ class _Wording:
 
         words, template = self._words, {}
         if self._preset:
-            config = self._miniature if name == MINIATURE else self._plain
+            config = self._miniature if name == _MINIATURE else self._plain
             if isinstance(config, UsageError):
                 raise config
             known = config.control_words

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,9 +33,11 @@ from srpo_cli.cli.options import (
 from srpo_cli.cli.output import OutputFormat
 from srpo_cli.cli.plan import DryRunFormatOption, OnOption, find_machine, launch_line, print_dry_run
 from srpo_cli.cli.plugins import admit_plugin, check_plugin
-from srpo_cli.config.load import Resolved, load_train_config
 from srpo_cli.errors import UsageError
 from srpo_cli.registry import check_parts
+
+if TYPE_CHECKING:  # the commands import it when they are called: it takes longer than all of `srpo --help`
+    from srpo_cli.config.load import Resolved
 
 EXAMPLES = """Examples:
 
@@ -159,6 +161,8 @@ def _resolve(
     ``agreed``: a reward that is a Python file may run. ``elsewhere``: what is asked about has an accelerator.
     """
 
+    from srpo_cli.config.load import Resolved, load_train_config
+
     def load(miniature: bool) -> Resolved:
         resolved = load_train_config(preset, overrides=overrides, flags=flags, miniature=miniature)
         return _checked(resolved, agreed)
@@ -206,6 +210,8 @@ def _resolved(form: Resolved | UsageError) -> Resolved:
 
 def _load_run(folder: Path, steps: int | None, agreed: bool) -> Resolved:
     """The configuration that a run folder was made with, its length apart; every value keeps its first origin."""
+    from srpo_cli.config.load import Resolved, load_train_config
+
     path = folder / "config.yaml"
     if not path.is_file():
         raise UsageError(f"{folder} holds no run (no config.yaml): name the folder that `srpo train` made")
