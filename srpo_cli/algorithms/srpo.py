@@ -76,9 +76,8 @@ class Rollout:
         """All samples ``count`` times over, one whole batch after the other."""
         if count == 1:
             return self
-        index = list(range(len(self.prompts))) * count
         x_0, eps = (tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (self.x_0, self.eps))
-        conditioning = None if self.conditioning is None else self.conditioning.select(index)
+        conditioning = None if self.conditioning is None else self.conditioning.repeat(count)
         return Rollout(x_0, eps, [*self.prompts] * count, conditioning, self.size)
 
 
@@ -152,8 +151,8 @@ class Injection:
         return injections[0]._each(lambda *values: torch.cat(values), *injections[1:])
 
     def to(self, device: torch.device) -> Injection:
-        """The same on another device."""
-        return self._each(lambda value: value.to(device))
+        """The same on another device; the host does not wait for it."""
+        return self._each(lambda value: value.to(device, non_blocking=True))
 
     def _each(self, change: Callable[..., Tensor], *others: Injection) -> Injection:
         names = [name for name in vars(self) if name != "branch"]
@@ -435,6 +434,15 @@ class SRPO:
         Returns the mean reward for the positive texts minus that for the negative ones, (B,).
         """
         return self.control_words.gap(self._scores(images, prompts, self.control_words.all, generator))
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, prompts: Sequence[str], *, generator: Generators = None) -> tuple[Tensor, Tensor]:
+        """Plain reward of decoded pictures as they are, and :meth:`gap`, (B,) each; one look where it serves both."""
+        if self.augment:
+            return self.reward.scores(images, prompts)[0], self.gap(images, prompts, generator=generator)
+        words = self.control_words
+        plain, *terms = self.reward.scores(images, prompts, *(words.texts(word, prompts) for word in words.all))
+        return plain, words.gap(terms)
 
     def _scores(
         self, images: Tensor, prompts: Sequence[str], words: Sequence[str], generator: Generators

@@ -63,6 +63,10 @@ class Conditioning:
         """The prompts at ``index``, in its order."""
         return Conditioning(self.prompt_embeds[index], self.pooled[index], self.text_ids)
 
+    def repeat(self, count: int) -> Conditioning:
+        """All prompts ``count`` times over, one whole batch after the other."""
+        return Conditioning(self.prompt_embeds.repeat(count, 1, 1), self.pooled.repeat(count, 1), self.text_ids)
+
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
         """All three tensors through ``Tensor.to``."""
         return Conditioning(*(tensor.to(*args, **kwargs) for tensor in vars(self).values()))
@@ -119,7 +123,9 @@ class LatentSpace:
         """
         rows, columns = self._grid(size)
         shape = (count, self.vae.config.latent_channels, 2 * rows, 2 * columns)
-        return _pack(randn_tensor(shape, generator=generator, device=self.device, dtype=self.latent_dtype))
+        drawn_on = (generator[0] if isinstance(generator, list) else generator).device if generator else self.device
+        noise = randn_tensor(shape, generator=generator, device=drawn_on, dtype=self.latent_dtype)
+        return _pack(noise.to(self.device, non_blocking=True))
 
     def decode(self, packed_latents: Tensor, size: Size) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] of clean packed latents; float32 or wider, differentiable."""
@@ -174,6 +180,8 @@ class Flux(LatentSpace):
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.encode_one: EncodeOne | None = None
         """Where encoded prompts come from."""
+        self.compute_dtype: torch.dtype | None = None
+        """What the transformer computes in where that is not its weights' own, as in shards that travel rounded."""
         self._latent_dtype = latent_dtype
         if text_encoder is not None and text_encoder_2 is not None:
             encoder = PromptEncoder(text_encoder, text_encoder_2, tokenizer, tokenizer_2, max_sequence_length)
@@ -181,11 +189,12 @@ class Flux(LatentSpace):
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        return self.transformer.x_embedder.weight.device  # diffusers' own ``device`` walks through every module
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.x_embedder.weight.dtype  # blocks may be quantised, and a LoRA is float32
+        # Blocks may be quantised, and a LoRA is float32.
+        return self.compute_dtype or self.transformer.x_embedder.weight.dtype
 
     @property
     def latent_dtype(self) -> torch.dtype:
@@ -297,7 +306,9 @@ class Flux(LatentSpace):
         # One at a time: to the last bit, an encoding must not depend on which prompts were cached already.
         embeds, pooled = zip(*(self.encode_one(prompt) for prompt in prompts), strict=True)
         text_ids = torch.zeros(embeds[0].shape[0], 3)
-        return Conditioning(torch.stack(embeds), torch.stack(pooled), text_ids).to(self.device, self.dtype)
+        return Conditioning(torch.stack(embeds), torch.stack(pooled), text_ids).to(
+            self.device, self.dtype, non_blocking=True
+        )
 
     # --- the flow -------------------------------------------------------------------------------------
 
@@ -340,7 +351,7 @@ class Flux(LatentSpace):
 
     def _ticks(self, sigma: Tensor) -> Tensor:
         """Sigmas as the transformer's clock; rounded to the dtype as ticks, as diffusers does, not as fractions."""
-        return (sigma * _CLOCK).to(self.device, self.dtype)
+        return (sigma * _CLOCK).to(self.device, self.dtype, non_blocking=True)
 
     def _velocity(
         self, packed_latents: Tensor, ticks: Tensor, conditioning: Conditioning, guidance: float, size: Size
@@ -387,7 +398,9 @@ class Flux(LatentSpace):
         def velocity(latents: Tensor, _sigma: Tensor) -> Tensor:
             return self._velocity(latents, next(ticks), conditioning, guidance, size).to(self.latent_dtype)
 
-        return euler_sample(velocity, noise.to(self.device, self.latent_dtype), sigmas.to(self.device))
+        return euler_sample(
+            velocity, noise.to(self.device, self.latent_dtype), sigmas.to(self.device, non_blocking=True)
+        )
 
 
 def _pack(latents: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class EncodedPictures:
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Packed latents (N, tokens, 4 * channels), on the model's device, and captions."""
         latents = torch.stack([self._latents(number) for number in numbers])
-        return latents.to(self.model.device), [self.pictures.caption(number) for number in numbers]
+        return latents.to(self.model.device, non_blocking=True), [self.pictures.caption(number) for number in numbers]
 
     def _latents(self, number: int) -> Tensor:
         content = self.pictures.key(number)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -94,11 +95,11 @@ def _weights(config: TrainConfig, tuned: Path | None) -> list[Path]:
     return [beneath, tuned] if beneath else [tuned]
 
 
-def prepare_model(model: Flux, config: TrainConfig, plan: Settings) -> None:
-    """Recompute, attend and compile as configured; before the weights are spread, and after a LoRA was added."""
+def prepare_model(model: Flux, config: TrainConfig, plan: Settings, device: torch.device) -> None:
+    """Recompute and compile as configured; after a LoRA was added, and before weights are spread."""
     model.checkpoint_blocks(transformer=plan.transformer_checkpointing, vae=plan.vae_checkpointing)
-    model.use_attention(config.model.attention)
-    if config.model.compile is True or (config.model.compile == "auto" and model.device.type == "cuda"):
+    able = device.type == "cuda" and find_spec("triton") is not None
+    if config.model.compile is True or (config.model.compile == "auto" and able):
         model.compile_blocks()
 
 
@@ -109,6 +110,7 @@ def hold(loaded: Loaded, config: TrainConfig, plan: Settings, ranks: Ranks) -> T
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         dtype = None if ranks.device.type == "cpu" else getattr(torch, config.model.dtype)
         shard(transformer, blocks, make_mesh(ranks, plan.shard), dtype, loaded.masters, ranks.device)
+        loaded.model.compute_dtype = dtype
         parameters = _trained(transformer)
         return Shards(transformer, parameters, _adamw(parameters, options))
     parameters = _trained(transformer)

@@ -171,14 +171,16 @@ class Run:
         self.parts = self._make_parts(checkpoint, announce)
         self.model, self.algorithm = self.parts.model, self.parts.algorithm
         self.encoded = self._encode_pictures()
-        prepare_model(self.model, config, self.settings)
+        prepare_model(self.model, config, self.settings, self.device)
         self.data = self._data()
         self.trained = hold(self.parts.loaded, config, self.settings, ranks)
+        self.model.use_attention(config.model.attention)
         self.average = self._make_average()
         self.report = Report(self.parts, config, self.prompts.held_out, folder)
         self.ledger = Ledger()
         self.target: Target | None = None
         self.step, self.stopped, self._updated = 0, False, False
+        self._stop, self._may_be_asked = StopRequest(), True
         self.rollouts: list[Rollout] = []
         self.gaps: list[Tensor] = []
         if checkpoint:
@@ -400,7 +402,8 @@ class Run:
 
     def loop(self, stop: StopRequest, progress: StepProgress) -> None:
         """Take steps until the last one, the target or a signal; whatever ends them, the completed ones are saved."""
-        while self.step < self.config.train.steps and not self.stopped and not self._asked_to_stop(stop):
+        self._stop = stop
+        while self.step < self.config.train.steps and not self.stopped and not self._asked_to_stop():
             before = self._remember()
             try:
                 with self.ledger, self._memory():
@@ -415,10 +418,16 @@ class Run:
             self._record(record, progress)
         self._save()
 
-    def _asked_to_stop(self, stop: StopRequest) -> bool:
-        """Whether a signal reached any rank; all then stop at the same step, with the same exit code."""
-        if number := self.ranks.largest(stop.signal or 0):
-            stop.signal = Signals(number)
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal reached any rank; all then stop at the same step, with the same exit code.
+
+        An update carries along whether it did, so that ranks need not ask one another before each step.
+        """
+        if self.ranks.size > 1 and not self._may_be_asked:
+            return False
+        self._may_be_asked = False
+        if number := self.ranks.largest(self._stop.signal or 0):
+            self._stop.signal = Signals(number)
         return bool(number)
 
     def _record(self, record: dict[str, Any], progress: StepProgress) -> None:
@@ -548,8 +557,9 @@ class Run:
         self.gaps, rewards = [], []
         for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
             draws = self._generators("gap augmentation", numbers)
-            self.gaps.append(self.algorithm.gap(images, rollout.prompts, generator=draws))
-            rewards.append(self.parts.reward(images, rollout.prompts))
+            reward, gap = self.algorithm.measure(images, rollout.prompts, generator=draws)
+            rewards.append(reward)
+            self.gaps.append(gap)
         self.ledger.rollouts += self.batch
         self.ledger.reward_calls += 2 * self.batch
         if not self.encoded:
@@ -608,12 +618,15 @@ class Run:
         The host waits for the device here and nowhere else: what it has to know of a step comes in one transfer.
         """
         options = self.config.optimizer
+        if self.ranks.size > 1:
+            values = {**values, "asked": torch.full_like(values["loss"], float(self._stop.signal is not None))}
         means = self.trained.average(self.ranks, torch.stack([value.float() for value in values.values()]))
         norm = self.trained.clip(options.grad_clip)
         wanted = {**dict(zip(values, means, strict=True)), "grad_norm": norm}
         if distance is not None:
             wanted["photo_distance"] = distance
         told = dict(zip(wanted, torch.stack([value.to(means) for value in wanted.values()]).tolist(), strict=True))
+        self._may_be_asked |= told.pop("asked", 0.0) > 0
         if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
             self.trained.drop_gradients()
             raise self.ranks.common(self._not_finite(told["loss"], told["grad_norm"]))

@@ -32,17 +32,24 @@ class Augment:
         Same shape; noise may leave [0, 1].
         """
         if isinstance(generator, Sequence):
-            return torch.cat([self(image[None], own) for image, own in zip(images, generator, strict=True)])
+            draws = [self._draw(torch.Size([1, *images.shape[1:]]), own) for own in generator]
+        else:
+            draws = [self._draw(images.shape, generator)]
+        corners, noises = zip(*draws, strict=True)
         if self.shift:
-            images = self._translate(images, generator)
+            images = self._translate(images, torch.cat(corners))
         if self.noise:
-            noise = torch.randn(images.shape, generator=generator, dtype=torch.float32)
-            images = images + self.noise * noise.to(images)
+            images = images + self.noise * torch.cat(noises).to(images, non_blocking=True)
         return images
 
-    def _translate(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        batch, _, height, width = images.shape
-        corners = torch.randint(2 * self.shift + 1, (batch, 2), generator=generator).tolist()
+    def _draw(self, shape: torch.Size, generator: torch.Generator | None) -> tuple[Tensor | None, Tensor | None]:
+        """Corners (B, 2) and noise (B, 3, H, W) float32 of pictures of this shape; None for what is not asked."""
+        corners = torch.randint(2 * self.shift + 1, (shape[0], 2), generator=generator) if self.shift else None
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32) if self.noise else None
+        return corners, noise
+
+    def _translate(self, images: Tensor, corners: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
         padded = F.pad(images, [self.shift] * 4, mode="reflect")
-        crops = zip(padded, corners, strict=True)
+        crops = zip(padded, corners.tolist(), strict=True)
         return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in crops])

@@ -26,9 +26,9 @@ class Source:
     beneath: Path | None = None
 
     @property
-    def tuned(self) -> list[Path]:
+    def tuned(self) -> tuple[Path, ...]:
         """All that is put into the base, in order: what ``load_flux`` takes as ``weights``."""
-        return [path for path in (self.beneath, self.weights) if path is not None]
+        return tuple(path for path in (self.beneath, self.weights) if path is not None)
 
     @classmethod
     def find(cls, name: str, base: Callable[[], str]) -> Source:

@@ -106,8 +106,10 @@ class Trained:
                     raise ValueError(f"shape {tuple(moment.shape)}")
 
     def remember(self) -> Any:
-        """What :meth:`recall` needs, kept on the host; None where that would be too much to copy at every step."""
-        weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        """What :meth:`recall` needs; None where it would have to be copied off the device at every step."""
+        if any(parameter.device.type != "cpu" for parameter in self.parameters):
+            return None
+        weights = [parameter.detach().clone() for parameter in self.parameters]
         return weights, copy.deepcopy(self.optimizer.state_dict())
 
     @torch.no_grad()

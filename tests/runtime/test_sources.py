@@ -41,7 +41,7 @@ def write_config(folder: Path, mode: str = "full", weights: Path | None = None) 
 def test_a_run_and_its_checkpoint_are_the_runs_base_with_their_weights(run: Path, part: str) -> None:
     source = Source.find(str(run / part), refuse)
     assert source.base == "miniature"
-    assert source.tuned == [source.weights] == [run / "checkpoints" / "step-000002" / "transformer"]
+    assert source.tuned == (source.weights,) == (run / "checkpoints" / "step-000002" / "transformer",)
 
 
 def test_averaged_weights_are_what_a_checkpoint_is_for_unless_others_are_named(run: Path) -> None:
@@ -58,11 +58,11 @@ def test_a_lora_that_was_trained_on_a_tuned_transformer_comes_with_it(run: Path,
     save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(1)}, lora)
     write_config(run, "lora", tuned)
     source = Source.find(str(run), refuse)
-    assert source.tuned == [tuned, source.weights]
+    assert source.tuned == (tuned, source.weights)
     write_config(run, "lora", lora)  # which it went on from
-    assert Source.find(str(run), refuse).tuned == [source.weights]
+    assert Source.find(str(run), refuse).tuned == (source.weights,)
     write_config(run, "full", tuned)
-    assert Source.find(str(run), refuse).tuned == [source.weights]
+    assert Source.find(str(run), refuse).tuned == (source.weights,)
 
 
 def test_a_file_is_put_into_the_base_that_is_asked_for_and_may_be_one(tmp_path: Path) -> None:
