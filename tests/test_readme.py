@@ -22,7 +22,8 @@ def test_it_opens_with_two_commands_and_ci_runs_both():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sample", "score", "recover", "presets list", "presets show", "presets copy", "doctor"]
+    "command",
+    ["train", "sample", "score", "recover", "export", "presets list", "presets show", "presets copy", "doctor"],
 )
 def test_it_shows_every_command(command):
     assert f"srpo {command}" in README
