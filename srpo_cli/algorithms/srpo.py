@@ -217,8 +217,15 @@ class SigmaDraws(Draws):
             )
 
     def draw(self, batch: int, generator: torch.Generator) -> list[Injection]:
+        return self._pair(torch.rand(batch, generator=generator))
+
+    def _draw_each(self, generators: Sequence[torch.Generator]) -> list[Injection]:
+        return self._pair(torch.cat([torch.rand(1, generator=generator) for generator in generators]))
+
+    def _pair(self, uniform: Tensor) -> list[Injection]:
+        """The pair that recovers at these places of the window, (B,) in [0, 1)."""
         low, high = self.window[0] + self.delta_sigma, self.window[1] - self.delta_sigma
-        return self.at(low + (high - low) * torch.rand(batch, generator=generator))
+        return self.at(low + (high - low) * uniform)
 
     def at(self, sigma_recover: Tensor) -> list[Injection]:
         """The pair that recovers at the given levels, (B,)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -11,8 +9,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from srpo_cli.errors import UsageError
 
@@ -57,6 +53,8 @@ class RowWriter:
     def __init__(self, columns: Mapping[str, int | None], row_format: RowFormat, file: TextIO | None = None) -> None:
         self.columns, self.format = columns, row_format
         self._file = file or sys.stdout
+        import csv
+
         self._csv = csv.DictWriter(self._file, list(columns), extrasaction="ignore", lineterminator="\n")
         self._started = False
 
@@ -70,6 +68,8 @@ class RowWriter:
         if self.format is RowFormat.CSV:
             self._csv.writerow(row)
         elif self.format is RowFormat.JSONL:
+            import json
+
             present = {key: value for key, value in row.items() if value is not None}
             self._file.write(json.dumps(present, ensure_ascii=False) + "\n")
         else:
@@ -89,8 +89,13 @@ class RowWriter:
 def print_rows(rows: Sequence[dict[str, Any]], output_format: OutputFormat, file: TextIO | None = None) -> None:
     """Write rows that share their keys, at least one, as a table or as one JSON list; to stdout if not to a file."""
     if output_format is OutputFormat.JSON:
+        import json
+
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False), file)
         return
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))

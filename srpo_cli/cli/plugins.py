@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from srpo_cli.registry import REWARDS, InstalledPlugin, PluginFile
-from srpo_cli.trust import check_trusted, trust
 
 
 def check_plugin(reward: str, agreed: bool) -> None:
@@ -15,6 +14,8 @@ def check_plugin(reward: str, agreed: bool) -> None:
     """
     plugin = REWARDS.plugin(reward)
     if isinstance(plugin, PluginFile):
+        from srpo_cli.trust import check_trusted
+
         check_trusted(plugin.path, agreed)
 
 
@@ -23,6 +24,8 @@ def admit_plugin(reward: str, agreed: bool, say: Callable[[str], None]) -> None:
     check_plugin(reward, agreed)
     plugin = REWARDS.plugin(reward)
     if isinstance(plugin, PluginFile):
+        from srpo_cli.trust import check_trusted, trust
+
         if agreed:
             trust(plugin.path)
         say(f"reward: {reward} is a plug-in, sha256 {check_trusted(plugin.path)[:12]}; its code runs here")
