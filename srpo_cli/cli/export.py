@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,6 +93,8 @@ def export(
 def print_export(result: dict[str, Any], report: OutputFormat) -> None:
     """Write what was exported; of an extracted LoRA the layers first, what they come to last."""
     if report is OutputFormat.JSON:
+        import json
+
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         return
     if "layers" in result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -100,6 +99,8 @@ def document(plan: Plan, config: TrainConfig) -> dict[str, Any]:
 
 
 def to_json(content: dict[str, Any]) -> str:
+    import json
+
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 

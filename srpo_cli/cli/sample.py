@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +114,8 @@ def sample(
         sources = _sources(labels, model, base, say)
     if launch:
         start(launch)
+
+    import json
 
     from srpo_cli.recipes import sample as recipe
     from srpo_cli.runtime.devices import best_device
