@@ -19,6 +19,8 @@ class SrpoError(Exception):
     """A failed run: the work started and could not be finished."""
 
     exit_code = 1
+    agreed = False
+    """Whether every process of the run has met it."""
 
 
 class UsageError(SrpoError):

@@ -26,6 +26,16 @@ def one_line_errors() -> Iterator[None]:
         if not isinstance(error, LostRankError):
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which must not be imported for it
+            raise
+        typer.secho(
+            "error: the device is out of memory: ask for less at a time, with a smaller size or batch, or on a larger "
+            "device",
+            fg=typer.colors.RED,
+            err=True,
+        )
+        sys.exit(SrpoError.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

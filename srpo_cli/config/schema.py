@@ -340,7 +340,10 @@ class LoraConfig(Section):
 
 
 class MemoryConfig(Section):
-    """Where a run keeps its state. None of it changes what is computed, but for a bfloat16 master."""
+    """Where a run keeps its state, and how finely: moments, and sums of gradients over several passes, may be rounded.
+
+    Nothing else here changes what is computed, but for a bfloat16 master, which loses small updates altogether.
+    """
 
     plan: Literal["auto", "replicated", "resident", "streamed", "sharded"] = Field(
         "auto",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from srpo_cli.models.quantised import float8_linears
 Size = tuple[int, int]  # height, width in px
 
 _CLOCK = 1000  # the transformer multiplies the time it is given by this
+_COMPILATIONS = 64  # of a block; torch's 8 are fewer than the batches of a run, and one more would end it
 _PROMPTS_KEPT = 512  # encoded prompts in memory, 4 MiB each for FLUX.1-dev
 _FAST_ATTENTION = ("_flash_3", "_native_cudnn")  # in this order, where they work; "native" has the rest in it
 _CUDNN_FROM = (9, 0)  # CUDA capability: before Hopper the flash attention inside "native" is as fast
@@ -239,8 +241,16 @@ class Flux(LatentSpace):
                 part.disable_gradient_checkpointing()
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the transformer's repeated blocks, each kind once, whole and on its first call."""
-        self.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        """Compile the transformer's repeated blocks whole, each kind on its first call.
+
+        A kind is compiled again for other batch sizes, with and without gradient or float8, up to some 60 times.
+        """
+        options: dict[str, Any] = {"fullgraph": True, "backend": backend}
+        if "recompile_limit" in signature(torch.compile).parameters:
+            options["recompile_limit"] = _COMPILATIONS  # holds in the threads of a backward pass, too
+        else:
+            torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, _COMPILATIONS)
+        self.transformer.compile_repeated_blocks(**options)
 
     def use_attention(self, name: str = "auto") -> str:
         """Choose the attention backend by diffusers' name and return it.

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders import FluxLoraLoaderMixin
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -99,6 +99,8 @@ def _targets(names: Sequence[str], targets: Sequence[str] | None) -> list[str]:
 def load_lora(transformer: FluxTransformer2DModel, file: Path) -> None:
     """Load a LoRA on top of ``transformer``: diffusers' and PEFT's layout, or kohya's or XLabs', which diffusers reads.
 
+    Its values come as they are in the file, whatever the base is kept in.
+
     Raises SrpoError that names the first tensor that is for another model.
     """
     try:
@@ -118,6 +120,10 @@ def load_lora(transformer: FluxTransformer2DModel, file: Path) -> None:
     except (ValueError, KeyError, RuntimeError) as error:
         raise SrpoError(f"Cannot load LoRA {file}: {one_line(error)}") from error
     _keep_in_float32(transformer)
+    # peft made the LoRA in the dtype of the weights beside it, in float8 even, and rounded the file to that.
+    *_, name = transformer.peft_config
+    plain = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
+    set_peft_model_state_dict(transformer, plain, adapter_name=name)
 
 
 def _check(transformer: FluxTransformer2DModel, state: dict[str, Tensor], file: Path) -> None:

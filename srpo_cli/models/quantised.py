@@ -126,16 +126,15 @@ def float8_linears(blocks: nn.Module, device: torch.device) -> Iterator[None]:
 
     Weights are quantised as they are on entering and take a byte each beside their own. CPUs imitate the arithmetic.
 
-    Raises UsageError on an accelerator that cannot multiply float8, and over a 4-bit base.
+    Raises what :func:`check_float8_rollouts` does.
     """
-    _check_float8(device)
+    four_bits = any(isinstance(layer, nn.Linear) and layer.weight.dtype == torch.uint8 for layer in blocks.modules())
+    check_float8_rollouts(device, "nf4" if four_bits else "model")
     swapped = []
     try:
         for path, parent in list(blocks.named_modules()):
             for name, child in list(parent.named_children()):
                 if type(child) not in (nn.Linear, WeightOnlyLinear) or is_modulation(f"{path}.{name}"):
-                    if isinstance(child, nn.Linear) and child.weight.dtype == torch.uint8:
-                        raise UsageError("rollout.dtype float8 does not go with lora.base nf4: take model")
                     continue
                 setattr(parent, name, Float8Linear(child))
                 swapped.append((parent, name, child))
@@ -150,7 +149,10 @@ def is_modulation(name: str) -> bool:
     return name.removesuffix(".base_layer").endswith(".linear") and ".norm" in f".{name}"
 
 
-def _check_float8(device: torch.device) -> None:
+def check_float8_rollouts(device: torch.device, base: str = "model") -> None:
+    """Raise UsageError on an accelerator that cannot multiply float8, and over a 4-bit ``base``; reads no weights."""
+    if base == "nf4":
+        raise UsageError("rollout.dtype float8 does not go with lora.base nf4: take model")
     if device.type == "cpu":
         return
     if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= _FLOAT8_UNITS:

@@ -53,13 +53,13 @@ class EncodedPrompts:
     def encode_ahead(self, prompts: Iterable[str], ranks: Ranks, say: Callable[[str], None]) -> None:
         """Put what is missing of ``prompts`` into the cache; the processes of a machine share the work."""
         own = list(dict.fromkeys(prompts))[ranks.local_rank :: ranks.local_size]
-        missing = [prompt for prompt in own if self._cache.get(self._key(prompt)) is None]
-        if missing:
-            say(f"encoding {len(missing)} prompts into {self._cache.folder}")
-            encoder = load_prompt_encoder(*self._where)
-            for prompt in missing:
-                self._encode(encoder, prompt)
-        ranks.wait()
+        with ranks.together():
+            missing = [prompt for prompt in own if self._cache.get(self._key(prompt)) is None]
+            if missing:
+                say(f"encoding {len(missing)} prompts into {self._cache.folder}")
+                encoder = load_prompt_encoder(*self._where)
+                for prompt in missing:
+                    self._encode(encoder, prompt)
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """T5 states (L, D) and pooled CLIP (D') of one prompt, on the CPU."""
@@ -101,10 +101,10 @@ class EncodedPictures:
         self._memory: dict[str, Tensor] = {}
         self._prefix = f"{fingerprint} {size[0]}x{size[1]} "
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Packed latents (N, tokens, 4 * channels), on the model's device, and captions."""
+    def batch(self, numbers: Sequence[int]) -> Tensor:
+        """Packed latents (N, tokens, 4 * channels), on the model's device."""
         latents = torch.stack([self._latents(number) for number in numbers])
-        return latents.to(self.model.device, non_blocking=True), [self.pictures.caption(number) for number in numbers]
+        return latents.to(self.model.device, non_blocking=True)
 
     def _latents(self, number: int) -> Tensor:
         content = self.pictures.key(number)

@@ -134,8 +134,10 @@ def _trained(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _adamw(parameters: dict[str, nn.Parameter], options: OptimizerConfig) -> torch.optim.AdamW:
-    betas = tuple(options.betas)
-    return torch.optim.AdamW(parameters.values(), options.lr, betas, options.eps, options.weight_decay)
+    betas, fused = tuple(options.betas), all(parameter.is_cuda for parameter in parameters.values())
+    return torch.optim.AdamW(
+        parameters.values(), options.lr, betas, options.eps, options.weight_decay, fused=fused or None
+    )
 
 
 def _split_adamw(

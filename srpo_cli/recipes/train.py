@@ -25,6 +25,8 @@ from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
 from srpo_cli.core.target import Target
 from srpo_cli.errors import SrpoError, UsageError
+from srpo_cli.models.flux import Conditioning
+from srpo_cli.models.quantised import check_float8_rollouts
 from srpo_cli.recipes.encodings import EncodedPictures, EncodedPrompts, cache_folder
 from srpo_cli.recipes.parts import (
     Parts,
@@ -55,7 +57,7 @@ from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.distributed import Ranks, join_ranks
 from srpo_cli.runtime.folder import SUMMARY, RunFolder
 from srpo_cli.runtime.ledger import Ledger
-from srpo_cli.runtime.plan import GIB, out_of_memory
+from srpo_cli.runtime.plan import GIB, Plan, out_of_memory
 from srpo_cli.runtime.progress import StepProgress
 from srpo_cli.runtime.quiet import quiet_libraries
 from srpo_cli.runtime.seeding import generator
@@ -64,6 +66,11 @@ from srpo_cli.runtime.signals import StopRequest, stop_on_signals
 __all__ = ["BEFORE_AFTER", "Outcome", "Run", "resume_command", "train"]
 
 _CALIBRATION = 64  # pictures that each side of the automatic target is measured on
+_KEPT = ("adam", "gradients", "batch_branches")  # what a memory plan settles and the last bits depend on
+
+
+class _NotFiniteError(SrpoError):
+    """A step that all ranks give up."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,8 @@ class Run:
     ) -> None:
         self.config, self.folder, self.ranks, self.say = config, folder, ranks, say
         self.device, self.seed, self.batch = ranks.device, config.train.seed, resumed.batch
-        self.plan = plan_run(config, self.device, ranks.size, ranks.local_size)
+        checkpoint = resumed.checkpoint
+        self.plan = self._settle_plan(checkpoint)
         self.settings = self.plan.settings
         if self.plan.memory_gib:
             room = self.plan.machine.memory / GIB
@@ -167,8 +175,34 @@ class Run:
         if config.model.name == "miniature" and self.device.type == "cpu":
             # Its matrices are too small for a second thread to pay, and last bits must not depend on the machine.
             torch.set_num_threads(1)
-        checkpoint = resumed.checkpoint
-        self.parts = self._make_parts(checkpoint, announce)
+        with self._memory():
+            self._load(checkpoint, announce)
+        self.saved = self.step
+
+    def _settle_plan(self, checkpoint: Checkpoint | None) -> Plan:
+        """The memory plan, the same on all ranks; what rounds in it stays as the checkpoint was made."""
+        config, ranks = self.config, self.ranks
+        if checkpoint:
+            memory = config.memory.model_copy(update=checkpoint.state().get("settled", {}))
+            config = config.model_copy(update={"memory": memory})
+        with ranks.together():
+            if config.rollout.dtype == "float8":
+                check_float8_rollouts(self.device, config.lora.base if config.train.mode == "lora" else "model")
+            plan = plan_run(config, self.device, ranks.size, ranks.local_size)
+        others = ranks.gather(plan.settings)
+        for rank, settings in enumerate(others):
+            if settings != others[0]:
+                raise UsageError(
+                    f"the machine of rank {rank} would take plan {settings}, that of rank 0 {others[0]}: set "
+                    "memory.plan, memory.adam and memory.micro_batch to what fits both"
+                )
+        return plan
+
+    def _load(self, checkpoint: Checkpoint | None, announce: Callable[[str], None] | None) -> None:
+        """Everything that needs memory."""
+        config, ranks = self.config, self.ranks
+        with ranks.together():  # all have their files before any waits for the others
+            self.parts = self._make_parts(checkpoint, announce)
         self.model, self.algorithm = self.parts.model, self.parts.algorithm
         self.encoded = self._encode_pictures()
         prepare_model(self.model, config, self.settings, self.device)
@@ -176,7 +210,7 @@ class Run:
         self.trained = hold(self.parts.loaded, config, self.settings, ranks)
         self.model.use_attention(config.model.attention)
         self.average = self._make_average()
-        self.report = Report(self.parts, config, self.prompts.held_out, folder)
+        self.report = Report(self.parts, config, self.prompts.held_out, self.folder)
         self.ledger = Ledger()
         self.target: Target | None = None
         self.step, self.stopped, self._updated = 0, False, False
@@ -185,7 +219,6 @@ class Run:
         self.gaps: list[Tensor] = []
         if checkpoint:
             self._restore(checkpoint)
-        self.saved = self.step
         self.parts.reward.prepare(self._texts())
 
     @property
@@ -328,7 +361,7 @@ class Run:
             if self.ranks.leads:
                 self.folder.truncate_log(self.step)
             return
-        with self._as_measured():
+        with self.ranks.together(), self._as_measured():
             if self.ranks.leads:
                 self.folder.truncate_log(0)
                 stop.unless_asked(self._measure_base)
@@ -340,8 +373,10 @@ class Run:
         """Averaged weights where there are any, all of them ready for passes that rank 0 makes alone."""
         with self._memory(), self.average.applied() if self.average else nullcontext():
             self.trained.gather()
-            yield
-            self.trained.release()
+            try:
+                yield
+            finally:
+                self.trained.release()
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
@@ -389,10 +424,11 @@ class Run:
         noises = [generator(self.seed, "calibration", i) for i in range(len(prompts))]
         augmentations = [generator(self.seed, "calibration augmentation", i) for i in range(len(prompts))]
         gaps = []
-        for part in chunks(len(prompts), self.settings.micro_batch):
-            noise = torch.cat([self.model.noise(1, size, draw) for draw in noises[part]])
-            pictures = self._decode(self._draw(asked[part], noise))
-            gaps.append(self.algorithm.gap(pictures, prompts[part], generator=augmentations[part]))
+        with self._sampling():
+            for part in chunks(len(prompts), self.settings.micro_batch):
+                noise = torch.cat([self.model.noise(1, size, draw) for draw in noises[part]])
+                pictures = self._decode(self._draw(self.model.encode_prompts(asked[part]), noise))
+                gaps.append(self.algorithm.gap(pictures, prompts[part], generator=augmentations[part]))
         self.ledger.rollouts += len(prompts)
         self.ledger.forwards += self.config.rollout.steps * len(prompts)
         self.ledger.reward_calls += len(prompts)
@@ -408,9 +444,13 @@ class Run:
             try:
                 with self.ledger, self._memory():
                     record = self.take_step()
+            except _NotFiniteError as error:  # every rank meets it
+                if self._take_back(before):
+                    self._save()
+                raise self.ranks.common(error) from None
             except Exception:
                 with suppress(Exception):  # what to tell is why the step failed
-                    if self._take_back(before):
+                    if self._take_back(before) and self._saves_alone:
                         self._save()
                 raise
             self.step += 1
@@ -439,13 +479,13 @@ class Run:
             progress.update(self.step, {k: record[k] for k in ("reward", "sgp_gap", "photo_distance")}, last)
         if last:
             return
-        if self._is_time(config.checkpoint.every):
-            self._save()
         draw, evaluate = self._is_time(config.samples.every), self._is_time(config.evaluation.every)
+        if self._is_time(config.checkpoint.every) or ((draw or evaluate) and not self._saves_alone):
+            self._save()
         if not draw and not evaluate:
             return
         try:
-            with self._as_measured():
+            with self.ranks.together(), self._as_measured():
                 if draw and self.ranks.leads:
                     self.report.sample(self.step)
                 if evaluate and self.ranks.leads:
@@ -454,6 +494,11 @@ class Run:
             with suppress(Exception):  # what to tell is why it failed
                 self._save()
             raise
+
+    @property
+    def _saves_alone(self) -> bool:
+        """Whether this rank can write a checkpoint when another one is in trouble."""
+        return self.ranks.size == 1 or not self.trained.collective
 
     def _is_time(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -489,7 +534,8 @@ class Run:
         measured: dict[str, Tensor] = {}
         distance = None
         if self.step % (self._replays + 1) == 0 or not self.rollouts:
-            self.rollouts = [self._roll_out(numbers) for numbers in self._micro_batches()]
+            with self._sampling():
+                self.rollouts = [self._roll_out(numbers) for numbers in self._micro_batches()]
             measured, distance = self._measure()
         record = self._descend(measured, distance)
         return {"step": self.step + 1, **record, "seconds": round(time.perf_counter() - started, 3)}
@@ -511,14 +557,12 @@ class Run:
 
     def _roll_out(self, numbers: list[int]) -> Rollout:
         """Clean latents and their noise: sampled from the model, or encoded from given pictures."""
-        size = self.config.model.size
-        noise = self._rollout_noise(numbers)
-        if self.encoded:
-            x_0, prompts = self.encoded.batch(numbers)
-        else:
-            prompts = self.prompts.batch(numbers)
-            x_0 = self._draw(prompts, noise)
-        return Rollout(x_0, noise, prompts, self.model.encode_prompts(prompts), size)
+        prompts = (
+            [self.pictures.caption(number) for number in numbers] if self.pictures else self.prompts.batch(numbers)
+        )
+        conditioning, noise = self.model.encode_prompts(prompts), self._rollout_noise(numbers)
+        x_0 = self.encoded.batch(numbers) if self.encoded else self._draw(conditioning, noise)
+        return Rollout(x_0, noise, prompts, conditioning, self.config.model.size)
 
     def _rollout_noise(self, numbers: list[int]) -> Tensor:
         """The noise that a batch starts from, packed: shared, it is one noise for all samples of all ranks."""
@@ -528,13 +572,22 @@ class Run:
         draws = [generator(self.seed, "rollout", number) for number in numbers]
         return torch.cat([self.model.noise(1, size, draw) for draw in draws])
 
-    def _draw(self, prompts: list[str], noise: Tensor) -> Tensor:
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """The model as rollouts are sampled from it; in float8 its weights are rounded here, once for all of them."""
+        if self.config.rollout.dtype != "float8":
+            yield
+            return
+        self.trained.gather()
+        with self.model.float8_rollouts():
+            yield
+
+    def _draw(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         """Sample clean latents as rollouts are sampled."""
         config = self.config.rollout
-        quick = self.model.float8_rollouts() if config.dtype == "float8" else nullcontext()
-        with self.parts.arithmetic(), quick:
+        with self.parts.arithmetic():
             return self.model.sample(
-                self.model.encode_prompts(prompts),
+                conditioning,
                 noise,
                 self.config.model.size,
                 config.steps,
@@ -590,12 +643,13 @@ class Run:
 
     def _accumulate(self, draws: list[list[list[Injection]]], augmentations: list[list[torch.Generator]]) -> Tensor:
         """Gradients of all micro-batches for one update, each with its pairs; returns this rank's share of the loss."""
-        passes = [(number, injections) for number, pairs in enumerate(draws) for injections in pairs]
+        passes = [(number, injections, 1.0) for number, pairs in enumerate(draws) for injections in pairs]
+        passes += [(*passes[-1][:2], 0.0)] * (self._idle_passes(len(draws)) * len(draws[0]))
         losses = []
-        for done, (number, injections) in enumerate(passes, 1):
+        for done, (number, injections, counts) in enumerate(passes, 1):
             rollout = self.rollouts[number]
             self.trained.accumulate(last=done == len(passes))
-            share = len(rollout.prompts) * self.ranks.size / self.batch
+            share = counts * len(rollout.prompts) * self.ranks.size / self.batch
             with self.parts.arithmetic():
                 metrics = self.algorithm.backward(
                     rollout,
@@ -603,7 +657,7 @@ class Run:
                     self.step + 1,
                     weights=self.target.weights(self.gaps[number]) if self.target else None,
                     scale=share / (len(injections) * len(draws[number])),
-                    generator=augmentations[number],
+                    generator=augmentations[number] if counts else torch.Generator(),  # whose draws count for nothing
                     batched=self.settings.batch_branches,
                 )
             losses.append(metrics["loss"])
@@ -612,10 +666,17 @@ class Run:
         self.ledger.reward_calls += count
         return sum(losses)
 
+    def _idle_passes(self, own: int) -> int:
+        """Micro-batches that another rank has more of: where passes are collective, this one goes along for nothing."""
+        if not self.trained.collective:
+            return 0
+        largest = math.ceil(self.batch / self.ranks.size)
+        return math.ceil(largest / self.settings.micro_batch) - own
+
     def _update(self, values: dict[str, Tensor], distance: Tensor | None) -> dict[str, float | None]:
         """One optimizer step at the rate that warm-up and target leave; returns the values' means over the ranks.
 
-        The host waits for the device here and nowhere else: what it has to know of a step comes in one transfer.
+        The host reads from the device here and nowhere else: what it has to know of a step comes in one transfer.
         """
         options = self.config.optimizer
         if self.ranks.size > 1:
@@ -629,7 +690,7 @@ class Run:
         self._may_be_asked |= told.pop("asked", 0.0) > 0
         if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
             self.trained.drop_gradients()
-            raise self.ranks.common(self._not_finite(told["loss"], told["grad_norm"]))
+            raise self._not_finite(told["loss"], told["grad_norm"])
         if self.target and "sgp_gap" in told:
             self.target.update(told["sgp_gap"])
         warm = min(1.0, (self.ledger.updates + 1) / options.warmup_steps) if options.warmup_steps else 1.0
@@ -640,13 +701,14 @@ class Run:
         self.ledger.updates += 1
         return told
 
-    def _not_finite(self, loss: float, norm: float) -> SrpoError:
+    def _not_finite(self, loss: float, norm: float) -> _NotFiniteError:
         what = f"loss {loss:g} with gradient norm {norm:g} at step {self.step + 1}"
         advice = f"start a new run with a lower optimizer.lr (now {self.config.optimizer.lr:g})"
         if self.step == 0:
-            return SrpoError(f"{what}: {advice}")
+            return _NotFiniteError(f"{what}: {advice}")
         weights = shlex.quote(str(Checkpoint.of(self.folder.checkpoints, self.step).transformer))
-        return SrpoError(f"{what}: the {self.step} before it are saved; {advice} and --set model.weights={weights}")
+        saved = f"the {self.step} before it are saved"
+        return _NotFiniteError(f"{what}: {saved}; {advice} and --set model.weights={weights}")
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
@@ -655,7 +717,9 @@ class Run:
         if self.saved == self.step:
             return
         if self.ranks.leads:
-            state = {"config": digest(self.config), "layout": self.trained.layout, **self.data, **self._state()}
+            settled = {key: getattr(self.settings, key) for key in _KEPT}
+            state = {"config": digest(self.config), "layout": self.trained.layout, "settled": settled}
+            state |= self.data | self._state()
             keep = self.config.checkpoint.keep
             save_checkpoint(self.folder.checkpoints, self.step, self._write, state, keep)
         else:
@@ -665,7 +729,7 @@ class Run:
     def _write(self, folder: Path | None) -> None:
         """Weights, averages, optimizer and rollouts to be replayed; a rank without a folder only gives its part."""
         self._write_weights(folder)
-        state = self.trained.optimizer_state()
+        state = self.trained.optimizer_state(keep=folder is not None)
         rollouts = self._collect_rollouts() if self._replays else None
         if folder:
             torch.save(state, folder / OPTIMIZER)
@@ -716,7 +780,7 @@ class Run:
 
     def conclude(self, stop: StopRequest) -> dict[str, Any] | None:
         """Measure the tuned model, draw before and after, and write the summary; on rank 0, unless stopped."""
-        with self._as_measured():
+        with self.ranks.together(), self._as_measured():
             return stop.unless_asked(self._finish) if self.ranks.leads else None
 
     def _finish(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from srpo_cli.runtime.blocks import Shelf
+
 
 def _itself(parameter: Tensor) -> Tensor:
     return parameter
@@ -22,8 +24,9 @@ class WeightAverage:
         parameters: the trained weights, of any dtype; shards (DTensor) are averaged as shards.
         decay: share of the average that an update keeps, in [0, 1).
         master: a weight's float32 value, for weights that are only a rounding of it (``SplitAdamW.master``).
-        device: where the averages are kept, None: with the weights. On the host they are pinned where there is CUDA,
-            and pass through the weights' device, so that no update waits for it.
+        device: where the averages are kept, None: with the weights. "cpu", for weights that are no shards: in few
+            allocations on the host, pinned where the weights are on CUDA; they pass through the weights' device, so
+            that no update waits for it. SrpoError where the host has no room for them.
     """
 
     def __init__(
@@ -38,15 +41,19 @@ class WeightAverage:
         self.parameters = list(parameters)
         self._lerp, self._master = get_ema_multi_avg_fn(decay), master
         self._device = torch.device(device) if device is not None else None
-        self.averages = [self._keep(self._master(parameter).detach().float()) for parameter in self.parameters]
+        self.averages = self._room()
         """The averages, float32, in the parameters' order. On the host they are current after a synchronisation."""
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.copy_(self._master(parameter).detach().float(), non_blocking=True)
 
-    def _keep(self, value: Tensor) -> Tensor:
-        """A copy of a tensor where averages are kept."""
-        device = self._device or value.device
-        if device.type == "cpu" and value.device.type == "cuda":
-            return torch.empty_like(value, device=device, pin_memory=True).copy_(value, non_blocking=True)
-        return value.to(device, copy=True)
+    def _room(self) -> list[Tensor]:
+        """Room for the averages."""
+        values = [parameter.detach() for parameter in self.parameters]
+        if self._device is None or self._device.type != "cpu":
+            return [torch.empty_like(value, dtype=torch.float32, device=self._device) for value in values]
+        pinned = any(value.is_cuda for value in values)
+        shelf = Shelf(torch.float32, sum(value.numel() for value in values), self._device, pinned)
+        return [shelf.take(value.numel()).view(value.shape) for value in values]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -61,9 +68,9 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """The parameters hold the averages, in their own dtype; afterwards what they held before, to the bit.
 
-        Nothing may train meanwhile.
+        Nothing may train meanwhile: what they held stays on their device, in the room that gradients have in training.
         """
-        held = [self._keep(parameter.detach()) for parameter in self.parameters]
+        held = [parameter.detach().clone() for parameter in self.parameters]
         try:
             self._write(self.averages)
             yield

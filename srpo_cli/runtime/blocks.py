@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from srpo_cli.errors import SrpoError, one_line
 from srpo_cli.runtime.moments import ALIGN
 
 SLOTS = 3
@@ -78,18 +79,31 @@ def schedule(blocks: int, slots: int = SLOTS) -> Iterator[tuple[Action, tuple[Ac
 class Shelf:
     """Zeroed tensors of one dtype, ``total`` elements of them, cut from few allocations.
 
-    torch rounds a pinned allocation up to a power of two, which would waste a quarter of many middling ones. Of one
-    dtype, because torch.save refuses memory that is seen as two.
+    torch rounds a pinned allocation up to a power of two, which would waste a third of many middling ones. Of one
+    dtype, because torch.save refuses memory that is seen as two. SrpoError where there is no pinned memory to be had.
     """
 
     def __init__(self, dtype: torch.dtype, total: int, device: torch.device, pinned: bool) -> None:
-        self.dtype, self.left, self.device, self.pinned = dtype, total, device, pinned
-        self.rest = torch.empty(0, dtype=dtype)
+        self.dtype, self.total, self.left, self.device, self.pinned = dtype, total, total, device, pinned
+        self.rests: list[Tensor] = []
 
     def take(self, size: int) -> Tensor:
-        if self.rest.numel() < size:
-            chunk = max(min(_SHELF // self.dtype.itemsize, self.left), size)
-            self.rest = torch.zeros(chunk, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
-        taken, self.rest = self.rest[:size], self.rest[size:]
+        """The next ``size`` elements, from the first allocation that has room for them."""
+        at = next((i for i, rest in enumerate(self.rests) if rest.numel() >= size), len(self.rests))
+        if at == len(self.rests):
+            self.rests.append(self._allocate(max(min(_SHELF // self.dtype.itemsize, self.left), size)))
+        taken, self.rests[at] = self.rests[at][:size], self.rests[at][size:]
         self.left -= size
         return taken
+
+    def _allocate(self, size: int) -> Tensor:
+        try:
+            return torch.zeros(size, dtype=self.dtype, device=self.device, pin_memory=self.pinned)
+        except RuntimeError as error:
+            if not self.pinned:
+                raise
+            wanted = max(self.total, size) * self.dtype.itemsize / 2**30
+            raise SrpoError(
+                f"a process got no {wanted:.1f} GiB of pinned host memory ({one_line(error)}): set memory.adam=8bit, "
+                "or memory.plan=resident or sharded, or start fewer processes on this machine"
+            ) from error

@@ -100,6 +100,8 @@ class Ranks:
         try:
             yield
         except SrpoError as caught:
+            if caught.agreed:  # in work of the same kind within this one
+                raise
             error = caught
         errors = self.gather(error and (str(error), error.exit_code))
         first = next((rank for rank, found in enumerate(errors) if found), None)
@@ -113,6 +115,7 @@ class Ranks:
 
     def common(self, error: SrpoError) -> BaseException:
         """What to raise for an error that all ranks meet alike: rank 0 tells it, the others leave silently."""
+        error.agreed = True
         return error if self.leads else SystemExit(error.exit_code)
 
     def gather(self, value: T) -> list[T]:

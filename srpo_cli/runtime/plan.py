@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srpo_cli.errors import UsageError
@@ -224,12 +226,12 @@ class Plan:
         fits: whether device and host have room for it.
         memory_gib: by part, at the stage where the device holds most; without "total".
         stage: that stage.
-        host_gib: host memory of all processes of a node.
+        host_gib: host memory of all processes of a node, of rank 0's where they differ.
         forwards_per_step: pictures through the transformer without a gradient, on average where rollouts are replayed.
         gradient_passes_per_step: pictures through it forward and backward.
         flops_per_step: of transformer, decoder and reward.
         seconds_per_step: an estimate, by known GPU that has the memory for this plan.
-        disk_gib: checkpoints that are kept, and the cache of encoded prompts.
+        disk_gib: checkpoints that are kept and the one that is being written, and the cache of encoded prompts.
         launch: the command line.
         advice: three settings that make it smaller, where it does not fit.
         machine: where it would run.
@@ -262,12 +264,21 @@ class Plan:
 
 def this_machine(devices: Sequence[Device], gpus: int | None = None, nodes: int = 1) -> Machine:
     """The machine that asks, with ``gpus`` of its devices (None: one process)."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = host_memory()
     eight_bit = find_spec("bitsandbytes") is not None
     if not devices:
         return Machine("cpu", 0, memory, gpus or 1, nodes, is_cpu=True, eight_bit=eight_bit)
     smallest = min(devices, key=lambda device: device.memory)
     return Machine(smallest.model, smallest.memory, memory, gpus or 1, nodes, eight_bit=eight_bit)
+
+
+def host_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that processes get here: what is built in, or what a container is limited to."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups version 2, and 1
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limits.append(int((groups / name).read_text()))
+    return min(limits)
 
 
 def known_machine(name: str, gpus: int | None = None, nodes: int = 1) -> Machine:
@@ -549,6 +560,8 @@ class _Price:
             },
             "update": {"gradients": gradients, "buffers": self._update_buffers()},
         }
+        if config.train.ema is not None:
+            stages["measuring"] = {**stages["rollout"], "gradients": 0.0, "average": self._aside()}
         result = {}
         for name, extra in stages.items():
             parts = {part: state.get(part, 0.0) + extra.get(part, 0.0) for part in PARTS}
@@ -605,12 +618,22 @@ class _Price:
 
     def _host(self) -> float:
         """Bytes of host memory of a node's processes."""
-        counts, settings, config = self.counts, self.settings, self.config
+        parameters, settings = self.counts.parameters, self.settings
         process = _PROCESS + (self.total if self.machine.is_cpu else 0)
         if settings.plan == "streamed":
-            average = 4 if config.train.ema is not None else 0
-            process += (2 + _MOMENTS[settings.adam] + average) * counts.parameters
-        return process * self.machine.gpus
+            average = 4 if self.config.train.ema is not None else 0
+            process += (2 + _MOMENTS[settings.adam] + average) * parameters
+        # To write a checkpoint rank 0 gathers the moments that are shared.
+        gathered = _MOMENTS[settings.adam] * parameters if settings.plan == "sharded" else 0
+        return process * self.machine.gpus + gathered
+
+    def _aside(self) -> float:
+        """Bytes of the weights that averaged ones take the place of while pictures are made and measured."""
+        settings, config = self.settings, self.config
+        if config.train.mode == "lora":
+            return 4 * self.counts.lora
+        halved = settings.plan in ("resident", "streamed") or config.memory.master == "bfloat16"
+        return (2 if halved else 4) * self.counts.parameters / settings.shard
 
     def _element(self) -> int:
         """Bytes of a number in the frozen models and in the activations; a CPU always computes in float32."""
@@ -654,11 +677,11 @@ class _Price:
         return 0.0 if self.machine.is_cpu else _CONTEXT
 
     def _disk(self) -> float:
-        """Bytes of the checkpoints that are kept, and of the prompts that a run encodes."""
+        """Bytes of checkpoints while the newest is written and none yet removed, and of prompts that a run encodes."""
         config, trained = self.config, self._trained()
         low = 2 if self.settings.plan in ("resident", "streamed") else 0
         weights = 4 * (1 if config.train.ema is None else 2)
-        checkpoints = config.checkpoint.keep * (weights + low + _MOMENTS[self.settings.adam]) * trained
+        checkpoints = (config.checkpoint.keep + 1) * (weights + low + _MOMENTS[self.settings.adam]) * trained
         if _cache_is_off(config):
             return checkpoints
         prompts = config.train.steps * config.train.batch_size * self.machine.ranks

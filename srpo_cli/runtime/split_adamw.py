@@ -100,6 +100,7 @@ class SplitAdamW(torch.optim.Optimizer):
         self._decoded = moments != "float32"
         self._steps = [0] * len(self._parameters)
         self._updates = 0
+        self._factor: Tensor | None = None
         self._offload = offload
         self._streams = {}
         if offload and self._on_cuda:
@@ -162,12 +163,25 @@ class SplitAdamW(torch.optim.Optimizer):
         return self._sums.get(parameter) if self._in_float32 else parameter.grad
 
     def accumulated(self) -> list[Tensor]:
-        """The gradients that the next step uses, to be averaged and clipped in place."""
+        """The gradients that the next step uses, to be averaged in place."""
         return [grad for parameter in self._parameters if (grad := self._gradient(parameter)) is not None]
 
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply the gradients by ``factor``, a float32 scalar on the device, when the next step has them in float32.
+
+        In place bfloat16 ones would be rounded a second time.
+        """
+        self._factor = factor if self._factor is None else self._factor * factor
+
+    def _scaled(self, gradient: Tensor) -> Tensor:
+        if self._factor is None:
+            return gradient.float()
+        return gradient.to(torch.float32, copy=True).mul_(self._factor)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; not ``set_to_none``: keep their memory, zeroed."""
+        """Forget the gradients and their factor; not ``set_to_none``: keep their memory, zeroed."""
         super().zero_grad(set_to_none)
+        self._factor = None
         if set_to_none:
             self._sums.clear()
         for total in self._sums.values():
@@ -192,6 +206,7 @@ class SplitAdamW(torch.optim.Optimizer):
         for i in given:
             self._steps[i] += 1
         self._updates += 1
+        self._factor = None
         return loss
 
     def _stream(self, blocks: list[tuple[int, _Block]], given: set[int]) -> None:
@@ -246,7 +261,7 @@ class SplitAdamW(torch.optim.Optimizer):
         counters = self._device if self._on_cuda else "cpu"  # where the fused form and the others want them
         adamw(
             masters,
-            [piece.of(self._gradient(p)).float() for piece, p in zip(pieces, parameters, strict=True)],
+            [self._scaled(piece.of(self._gradient(p))) for piece, p in zip(pieces, parameters, strict=True)],
             [piece.within(first) for piece in pieces],
             [piece.within(second) for piece in pieces],
             [],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from srpo_cli.errors import SrpoError, UsageError
@@ -119,6 +120,31 @@ def test_saved_and_loaded_it_goes_on_and_plain_diffusers_draws_the_same(
     theirs = load_flux(str(pipeline_folder))
     FluxPipeline.from_pretrained(pipeline_folder, transformer=theirs.transformer).load_lora_weights(tmp_path)
     torch.testing.assert_close(velocity(theirs), velocity(flux))
+
+
+@pytest.mark.parametrize("base", ["model", "float8", "int8", "nf4"])
+def test_saved_and_loaded_it_is_the_same_to_the_bit_over_any_base(
+    pipeline_folder: Path, tmp_path: Path, base: str
+) -> None:
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    states = []
+    for weights in (None, tmp_path):
+        model = load_flux(
+            str(pipeline_folder), torch.bfloat16, weights=weights, base=base, literal=True, text_encoders=False
+        )
+        if weights is None:
+            model.add_lora(2, alpha=4, seed=1)
+            shake(model)
+            model.save_weights(tmp_path)
+        states.append(
+            get_peft_model_state_dict(model.transformer, adapter_name=next(iter(model.transformer.peft_config)))
+        )
+        assert all(parameter.dtype == torch.float32 for parameter in model.trainable_parameters())
+    saved, loaded = states
+    assert saved and saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in saved.values())
 
 
 def test_folded_in_it_draws_the_same_and_everything_is_trained(flux: Flux) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -216,4 +218,28 @@ def test_float8_rollouts_and_compiled_blocks_go_together(flux: Flux) -> None:
         torch.testing.assert_close(sample(flux), plain, atol=1e-5, rtol=1e-4)
         with flux.float8_rollouts():
             torch.testing.assert_close(sample(flux), expected, atol=1e-4, rtol=1e-3)
+    torch._dynamo.reset()
+
+
+RUN = [("draw", 8), ("draw", 4), ("gradient", 16), ("gradient", 8), ("draw", 1), ("gradient", 2), ("gradient", 1)]
+RUN_IN_FLOAT8 = [("draw", 8), ("float8", 8), ("float8", 4), *RUN[2:4], ("draw", 4), ("float8", 1), *RUN[4:]]
+
+
+@pytest.mark.parametrize(
+    "run", [pytest.param(RUN, id="plain"), pytest.param(RUN_IN_FLOAT8, id="float8", marks=pytest.mark.slow)]
+)
+def test_compiled_blocks_take_all_the_batches_of_a_run(flux: Flux, run: list[tuple[str, int]]) -> None:
+    torch._dynamo.reset()
+    for blocks in (flux.transformer.transformer_blocks, flux.transformer.single_transformer_blocks):
+        blocks.append(deepcopy(blocks[0]))  # what a second block is given differs from what the first is
+    flux.checkpoint_blocks(transformer=True, vae=False)
+    flux.compile_blocks(backend="eager")
+    one = flux.encode_prompts(["a cat"])
+    for kind, count in run:
+        noise, prompts = flux.noise(count, SIZE, seeded()), one.repeat(count)
+        if kind == "gradient":
+            flux.velocity(noise, torch.tensor(0.7), prompts, 3.5, SIZE).mean().backward()
+        else:
+            with flux.float8_rollouts() if kind == "float8" else nullcontext():
+                flux.sample(prompts, noise, SIZE, 1, 3.5)
     torch._dynamo.reset()

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from srpo_cli.models.quantised import Float8Linear, WeightOnlyLinear, is_modulation, quantise_rows
+from srpo_cli.errors import UsageError
+from srpo_cli.models.quantised import (
+    Float8Linear,
+    WeightOnlyLinear,
+    check_float8_rollouts,
+    is_modulation,
+    quantise_rows,
+)
 
 
 @pytest.mark.parametrize(("kind", "step"), [("float8", 2**-4), ("int8", 0.5 / 127)])
@@ -46,6 +53,23 @@ def test_float8_arithmetic_is_within_its_rounding() -> None:
     with torch.no_grad():
         error = (Float8Linear(linear)(x) - linear(x)).norm() / linear(x).norm()
     assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("base", ["model", "float8", "int8"])
+def test_a_cpu_may_draw_in_float8_over_8_bits_and_more(base: str) -> None:
+    check_float8_rollouts(torch.device("cpu"), base)
+
+
+@pytest.mark.parametrize(
+    ("device", "base", "message"),
+    [("mps", "model", "mps cannot multiply float8"), ("cpu", "nf4", r"float8 does not go with lora\.base nf4")],
+)
+def test_that_float8_rollouts_cannot_work_is_known_before_there_is_a_model(
+    device: str, base: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as failure:
+        check_float8_rollouts(torch.device(device), base)
+    assert "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from srpo_cli.runtime.average import WeightAverage
@@ -69,9 +70,40 @@ def test_applied_averages_leave_no_trace(dtype):
         assert weight.requires_grad
 
 
-def test_an_average_goes_on_from_its_state():
+def test_on_the_host_averages_share_an_allocation(tmp_path):
+    weights = [nn.Parameter(torch.full(shape, 2.0, dtype=torch.bfloat16)) for shape in ((7, 5), (), (3,))]
+    average = WeightAverage(weights, 0.5, device="cpu")
+    assert len({mean.untyped_storage().data_ptr() for mean in average.averages}) == 1
+    set_to(weights[2], 4.0, 4.0, 4.0)
+    average.update()
+    with average.applied():
+        assert weights[2].tolist() == [3.0] * 3
+    assert weights[2].tolist() == [4.0] * 3
+    save_file({str(i): mean for i, mean in enumerate(average.averages)}, tmp_path / "averages.safetensors")
+    for name, mean in load_file(tmp_path / "averages.safetensors").items():
+        assert torch.equal(mean, average.averages[int(name)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_averages_of_weights_on_cuda_are_pinned_and_waited_for_by_none():
+    weights = [nn.Parameter(torch.ones(64, 3, dtype=torch.bfloat16, device="cuda"))]
+    average = WeightAverage(weights, 0.5, device="cpu")
+    set_to(weights[0], *[[3.0] * 3] * 64)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        average.update()
+        with average.applied():
+            applied = weights[0].detach().clone()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert average.averages[0].is_pinned()
+    assert applied.unique().tolist() == [2.0] and weights[0].unique().tolist() == [3.0]
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_an_average_goes_on_from_its_state(device):
     weight, other = parameter(1.0, 2.0), parameter(5.0, 5.0)
-    average, resumed = WeightAverage([weight], 0.9), WeightAverage([other], 0.9)
+    average, resumed = (WeightAverage([each], 0.9, device=device) for each in (weight, other))
     set_to(weight, 3.0, 4.0)
     average.update()
     file = io.BytesIO()

@@ -16,6 +16,7 @@ from srpo_cli.runtime.plan import (
     Machine,
     Work,
     choose,
+    host_memory,
     known_machine,
     out_of_memory,
     settle,
@@ -121,6 +122,22 @@ def test_sharded_state_by_hand():
     assert chosen.memory_gib["weights"] == pytest.approx(2 * P / GIB)
     assert chosen.memory_gib["master"] == pytest.approx(4 * P / 8 / GIB)
     assert chosen.memory_gib["optimizer"] == pytest.approx(8 * P / 8 / GIB)
+    gathered = 8 * P  # the moments, where rank 0 writes them
+    assert chosen.host_gib == pytest.approx((8 * 4e9 + gathered) / GIB)
+
+
+def test_averages_and_what_is_put_aside_for_them_by_hand():
+    streamed = realism(memory__plan="streamed", memory__adam="8bit")
+    with_average = plan(realism(memory__plan="streamed", memory__adam="8bit", train__ema=0.999), "h100")
+    assert with_average.host_gib - plan(streamed, "h100").host_gib == pytest.approx(4 * P / GIB)
+    assert with_average.fits and with_average.memory_gib["average"] == 0  # put aside where the gradients were
+    little = {"memory__transformer_checkpointing": True, "memory__vae_checkpointing": True}
+    for kind, gpus, average in (("streamed", 1, 2 * P), ("resident", 1, (4 + 2) * P), ("sharded", 8, (4 + 4) * P / 8)):
+        # Without a copy of the weights in float8 there is always a larger stage.
+        config = realism(train__ema=0.999, memory__plan=kind, rollout__dtype="float8", **little)
+        chosen = plan(config, "h200", gpus)
+        assert (chosen.stage, chosen.memory_gib["gradients"]) == ("measuring", 0)
+        assert chosen.memory_gib["average"] == pytest.approx(average / GIB)
 
 
 def test_copies_are_shared_within_a_node_and_the_host_pays_for_all_its_processes():
@@ -175,7 +192,8 @@ def test_seconds_are_estimated_for_every_gpu_that_holds_the_plan():
 def test_checkpoints_on_disk_by_hand():
     chosen = plan(realism(memory__plan="streamed", memory__adam="bfloat16", checkpoint__keep=2), "h100")
     prompts = 20 + 32  # of 20 steps, and held out
-    assert chosen.disk_gib == pytest.approx((2 * (4 + 2 + 4) * P + prompts * 4_195_840) / GIB)
+    kept_and_written = 2 + 1  # the oldest goes when the newest is whole
+    assert chosen.disk_gib == pytest.approx((kept_and_written * (4 + 2 + 4) * P + prompts * 4_195_840) / GIB)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +299,20 @@ def test_this_machine_is_known_by_its_devices_name():
     assert machine.known is GPUS["h100"]
     assert this_machine([Device("cuda:0", "NVIDIA GeForce RTX 4090", 24 * GIB)]).known is GPUS["rtx-4090"]
     assert Machine("Some other GPU", GIB, GIB).known is None
+
+
+@pytest.mark.parametrize("file", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_a_container_has_the_memory_that_it_is_limited_to(tmp_path, file):
+    limit = tmp_path / file
+    limit.parent.mkdir(exist_ok=True)
+    physical = host_memory(tmp_path)
+    assert physical > 2**20
+    for text, expected in (("1048576\n", 2**20), ("max\n", physical), ("9223372036854771712\n", physical)):
+        limit.write_text(text)
+        assert host_memory(tmp_path) == expected
+    limit.unlink()
+    limit.mkdir()  # cannot be read
+    assert host_memory(tmp_path) == physical
 
 
 def test_an_unknown_gpu_is_refused_with_the_known_ones():

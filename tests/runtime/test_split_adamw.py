@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import sys
 
 import pytest
@@ -10,10 +11,11 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from srpo_cli.errors import MissingError
+from srpo_cli.errors import MissingError, SrpoError
 from srpo_cli.runtime.blocks import Piece, Shelf, cut, schedule
 from srpo_cli.runtime.moments import ALIGN, make_moments
 from srpo_cli.runtime.split_adamw import SplitAdamW, join, split
+from srpo_cli.runtime.trained import Halves
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -56,13 +58,6 @@ def train(parameters, optimizer, draw, steps):
         feed(parameters, draw)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def clip(gradients, largest=0.1):
-    """Clip a list of gradients by their global norm, as torch.nn.utils.clip_grad_norm_ does those of parameters."""
-    scale = (largest / (get_total_norm(gradients) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale)
 
 
 def assert_same_state(one, other):
@@ -177,6 +172,32 @@ def test_a_shelf_cuts_what_was_asked_for_from_one_allocation():
     assert one.shape == (100,) and two.shape == (60,) and not two.any()
     assert one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
     assert one.untyped_storage().nbytes() == 320
+
+
+def test_pinned_allocations_of_flux_are_hardly_larger_than_what_is_in_them():
+    """torch pins powers of two; one for each float32 weight would be 69.3 GiB for 44.3."""
+
+    def pinned(storages):
+        return sum(2 ** math.ceil(math.log2(bytes_)) for bytes_ in storages)
+
+    d, mlp = 3072, 12288
+    double = 2 * [6 * d * d, 6 * d, *4 * [d * d, d], 128, 128, d * mlp, mlp, mlp * d, d]
+    single = [3 * d * d, 3 * d, d * mlp, mlp, (d + mlp) * d, d, *3 * [d * d, d], 128, 128]
+    rest = [4096 * d, d, 64 * d, d, 256 * d, d, d * d, d, 256 * d, d, d * d, d, 768 * d, d, d * d, d]
+    sizes = [*rest, *19 * double, *38 * single, 2 * d * d, 2 * d, 64 * d, 64]
+    assert sum(sizes) == 11_901_408_320
+    assert pinned(4 * size for size in sizes) / 2**30 == pytest.approx(69.3, abs=0.1)
+    for dtype in (torch.float32, torch.bfloat16):
+        shelf = Shelf(dtype, sum(sizes), torch.device("meta"), pinned=False)
+        storages = {id(s): s for s in (shelf.take(size).untyped_storage() for size in sizes)}
+        taken = pinned(storage.nbytes() for storage in storages.values())
+        assert taken <= 1.04 * sum(sizes) * dtype.itemsize  # the last allocation is rounded up, too
+
+
+def test_pinned_memory_that_is_not_there_ends_in_one_line():
+    with pytest.raises(SrpoError, match=r"no 2097152\.0 GiB of pinned host memory .*: set memory.adam=8bit") as error:
+        Shelf(torch.int16, 2**50, CPU, pinned=True).take(2**50)
+    assert "\n" not in str(error.value)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -354,6 +375,48 @@ def test_the_next_step_uses_what_was_made_of_the_gradients(gradients):
     assert torch.equal(*made)
 
 
+def halves(parameters, optimizer):
+    return Halves({str(i): parameter for i, parameter in enumerate(parameters)}, optimizer)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("gradients", [torch.float32, torch.bfloat16])
+def test_clipped_steps_are_torchs_on_the_same_gradients_clipped_in_float32(masters, draw, gradients, offload):
+    references, parameters = twins(masters)
+    theirs = torch.optim.AdamW(references, 1e-2, eps=1e-3)  # at this eps the scale matters
+    ours = SplitAdamW(parameters, 1e-2, eps=1e-3, masters=masters, gradients=gradients, offload=offload, block=512)
+    for step in range(6):
+        limit = 1e9 if step == 3 else 0.1
+        for reference, gradient in zip(references, feed(parameters, draw), strict=True):
+            reference.grad = gradient.float()
+        norm = halves(parameters, ours).clip(limit)
+        assert norm.dtype == torch.float32
+        assert torch.equal(norm, clip_grad_norm_(references, limit)) and norm > 0.2
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+        for reference, parameter in zip(references, parameters, strict=True):
+            assert torch.equal(bits(ours.master(parameter)), bits(reference))
+
+
+def test_a_factor_is_used_once_and_leaves_the_gradients_alone():
+    made = []
+    for factors in ((0.5, 0.25), (0.125,), ()):
+        parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        optimizer = SplitAdamW([parameter], 1e-2, eps=1.0)
+        for forgotten in (True, False):
+            (parameter * torch.tensor([1.0, 2.0, -2.0, 4.0])).sum().backward()
+            for factor in (*factors, *((1 / 7,) if forgotten else ())):
+                optimizer.scale_gradients(torch.tensor(factor))
+            assert optimizer.accumulated()[0].tolist() == [1.0, 2.0, -2.0, 4.0]
+            if forgotten:
+                optimizer.zero_grad()
+        optimizer.step()
+        optimizer.step()  # the same gradients, no longer scaled
+        made.append(optimizer.master(parameter))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
 @pytest.mark.parametrize("form", ["float32", "8bit"])
 def test_a_step_reads_nothing_back_from_the_device(masters, form):
     """On the meta device, where there is nothing to read."""
@@ -361,7 +424,7 @@ def test_a_step_reads_nothing_back_from_the_device(masters, form):
     optimizer = SplitAdamW(parameters, 1e-3, moments=form)
     for _ in range(2):
         sum(parameter.sum() for parameter in parameters).backward()
-        clip(optimizer.accumulated())
+        halves(parameters, optimizer).clip(0.1)
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.state_dict()["state"][0]["step"] == 2
@@ -533,7 +596,7 @@ def test_50_small_steps_go_the_way_of_float32(way, form, gradients, lost):
     optimizer = SplitAdamW(
         model.parameters(), 5e-6, weight_decay=1e-4, masters=masters, moments=form, gradients=gradients
     )
-    descend(model, lambda: clip(optimizer.accumulated()), optimizer)
+    descend(model, lambda: halves(model.parameters(), optimizer).clip(0.1), optimizer)
     ours = movement([optimizer.master(parameter) for parameter in model.parameters()])
     assert cosine_similarity(ours, way, dim=0) >= 1 - lost
     assert ours.norm() / way.norm() == pytest.approx(1, abs=2e-3)
