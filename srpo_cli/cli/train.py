@@ -97,7 +97,7 @@ def train(
 
     Ctrl-C finishes the step, saves, and prints how to go on.
     """
-    launch = plan_launch(gpus, nodes, rdzv, node_rank)
+    launch, named_output = plan_launch(gpus, nodes, rdzv, node_rank), False
     say = speaker(None if dry_run else launch)
     agreed = trust or dry_run  # which runs nothing
     typed = [("--preset", preset), ("--resume", resume), ("--set", overrides), ("--model", model), ("--reward", reward)]
@@ -115,6 +115,7 @@ def train(
             flags = {"model.name": model, "reward.name": reward, "train.seed": seed, "train.steps": steps}
             resolved = _resolve(preset, overrides or [], flags, agreed, say, elsewhere=on is not None)
             name = Path(preset).stem.replace(":", "-")
+            named_output = output is not None
             output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         if not dry_run:
             admit_plugin(resolved.config.reward.name, trust, say)
@@ -122,7 +123,7 @@ def train(
         print_dry_run(resolved, find_machine(on, gpus, nodes or 1), launch_line(typed), output_format)
         return
     if launch:
-        named = [] if resume else ["--output", str(output)]  # a name with the time in it, once for all
+        named = [] if resume or named_output else ["--output", str(output)]  # it has the time in it: once for all
         start(launch, named, lambda: _how_to_go_on(output))
     if resolved.config.model.name == "miniature" and not resume:
         say("model: the built-in miniature, which knows only its own rendered world; its figures are not FLUX's")

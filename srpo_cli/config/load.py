@@ -194,7 +194,12 @@ def _parse_override(override: str) -> Leaves:
     key, equals, text = override.partition("=")
     if not equals:
         raise UsageError(f"--set takes key=value, not {override!r}; for instance --set train.steps=10.")
-    value = dialect.parse(text, f"--set {key} (quote text with braces or colons): the value {text}")
+    # Alone, a dash is standard input, as everywhere on a command line; in YAML it would begin a list.
+    value = (
+        text
+        if text == "-"
+        else dialect.parse(text, f"--set {key} (quote text with braces or colons): the value {text}")
+    )
     return _flatten({key.strip(): value}, "--set")
 
 
@@ -296,9 +301,14 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 
 
 def _refuse_idle_keys(resolved: Resolved) -> None:
-    """Refuse a knob that the user turned and that the chosen schedule does not have."""
-    schedule = resolved.config.algorithm.schedule
+    """Refuse a knob that the user turned and that the chosen schedule or mode does not have."""
+    schedule, mode = resolved.config.algorithm.schedule, resolved.config.train.mode
     for key, origin in resolved.origins.items():
+        if origin.startswith("--") and key.startswith("lora.") and mode != "lora":
+            raise UsageError(
+                f"{key} from {origin} has no effect while train.mode is {mode!r}; add --set train.mode=lora, or leave "
+                "it out."
+            )
         if origin.startswith("--") and key.startswith(_IDLE_KEYS[schedule]):
             other = next(name for name in _IDLE_KEYS if name != schedule)
             raise UsageError(

@@ -162,7 +162,11 @@ def _sort(path: Path) -> tuple[str, Path]:
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise SrpoError(
+            f"{file} is not a safetensors file, or is cut short ({one_line(error)}): fetch or copy it again."
+        ) from error
+    except OSError as error:
         raise SrpoError(f"Cannot read {file}: {one_line(error)}") from error
 
 

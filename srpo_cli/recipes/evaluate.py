@@ -14,6 +14,7 @@ from srpo_cli.metrics.pictures import STATISTICS, picture_statistics
 from srpo_cli.miniature.oracle import Oracle, Reference
 from srpo_cli.miniature.world import LIGHTS, STYLE_WORDS, STYLES, parse
 from srpo_cli.recipes.parts import Parts, chunks, draw_pictures
+from srpo_cli.runtime.distributed import Ranks
 from srpo_cli.runtime.seeding import generator
 
 NOISE_SEED = 0
@@ -126,12 +127,13 @@ class Evaluator:
             gaps.append(words.gap(terms).float().cpu())
         return torch.cat(rewards), torch.cat(gaps)
 
-    def live_distance(self, pictures: Tensor, prompts: list[str]) -> Tensor | None:
-        """Photo distance of the last rollout pictures to the oracle's mean photographs, a scalar; None without an
-        oracle."""
+    def live_distance(self, pictures: Tensor, prompts: list[str], ranks: Ranks) -> Tensor | None:
+        """Photo distance of all ranks' last rollout pictures to the oracle's mean photographs, a scalar; None without
+        an oracle."""
         if not self.oracle:
             return None
         rows = self.oracle.deviations(picture_statistics(pictures.cpu()), self._as_meant(prompts))
+        rows = torch.cat(ranks.gather(rows))
         self.window = torch.cat([self.window.to(rows), rows])[-_WINDOW:]
         return self.window.mean(0).abs().mean()
 

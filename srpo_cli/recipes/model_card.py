@@ -104,7 +104,7 @@ def model_card(
         _how_it_was_made(config, result, environment),
         "```sh\n" + "\n".join(commands) + "\n```",
         "## Measured",
-        _measured(config, base, summary),
+        _measured(base, result, summary),
     ]
     if result["format"] == "extract":
         sections += ["## What the LoRA keeps", _kept(result)]
@@ -146,7 +146,7 @@ def _licence(base: Base) -> str:
 def _how_to_load(config: TrainConfig, base: Base, result: Mapping[str, Any], start: Path | None) -> str:
     """A snippet for diffusers and the command for srpo."""
     folder, adapter = Path(result["output"]).name, _is_adapter(result)
-    dtype = f"torch_dtype=torch.{config.model.dtype}"
+    dtype = f"dtype=torch.{config.model.dtype}"
     imports, pipeline, tokens = "", f'"{base.pipeline}"', ""
     if base.name == "miniature":
         imports, pipeline = "\nfrom srpo_cli.miniature import WEIGHTS", 'WEIGHTS / "pipeline"'
@@ -215,14 +215,16 @@ def _how_it_was_made(config: TrainConfig, result: Mapping[str, Any], environment
     return _table(("", ""), rows.items())
 
 
-def _measured(config: TrainConfig, base: Base, summary: Mapping[str, Any] | None) -> str:
+def _measured(base: Base, result: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
     if not (summary and summary.get("tuned")):
         return "Nothing was measured of these weights."
-    names = {"base": base.title, "tuned": "these weights"}
+    names = {"base": base.title, "tuned": "the run's weights"}
     rows = [
         (name.replace("_", " "), *(_interval(summary[side].get(name)) for side in names)) for name in summary["tuned"]
     ]
-    prompts = f"Means over {summary['evaluation_prompts']} held-out prompts with 95 % intervals."
+    exact = result["format"] in ("lora", "full") and result["dtype"] == "float32"
+    prompts = "" if exact else "What was measured are the run's own weights; this file, which rounds them, was not. "
+    prompts += f"Means over {summary['evaluation_prompts']} held-out prompts with 95 % intervals."
     if base.name == "miniature":
         prompts += (
             " These are figures of the miniature, a small model of FLUX's layout for trying things out: they say "

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from srpo_cli import __version__
-from srpo_cli.errors import UsageError
+from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.miniature.world import SIZE
 from srpo_cli.models.flux import Flux, load_flux
 from srpo_cli.recipes.parts import check_miniature_prompts, chunks, draw_pictures, fingerprint
@@ -74,13 +75,12 @@ def sample(
             if request.size not in (None, (SIZE, SIZE)):  # it can, but it repeats its picture like a tile
                 named = "x".join(map(str, request.size))
                 raise UsageError(f"size {named}: the miniature draws {SIZE}x{SIZE} and no other")
-        with disk_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
         quiet_libraries()  # an error of one line would otherwise come after the progress bars of loading
         download = None if announce is None else partial(fetch, announce=announce)
-        model = load_flux(source.base, torch.bfloat16, best_device(), source.tuned, download=download)
-        steps, size = request.settings(model)
-        model.sigmas(steps, size)  # refuses a size that the model cannot make
+        with _folder(output):
+            model = load_flux(source.base, torch.bfloat16, best_device(), source.tuned, download=download)
+            steps, size = request.settings(model)
+            model.sigmas(steps, size)  # refuses a size that the model cannot make
     digest = _fingerprint(model)
     with ranks.together():
         if digest != ranks.from_rank_0(digest):
@@ -114,6 +114,21 @@ def _draw(model: Flux, rows: Sequence[dict[str, Any]], request: Request, output:
     pictures = draw_pictures(model, prompts, generators, size, steps, request.guidance, len(wanted))
     for picture, row in zip(pictures, wanted, strict=True):
         save_png(picture, output / row["file"], row)
+
+
+@contextmanager
+def _folder(output: Path) -> Iterator[None]:
+    """A folder to draw into, known to be writable before models are loaded; what then fails leaves no empty one."""
+    new = not output.exists()
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except SrpoError:
+        if new:
+            with suppress(OSError):  # another rank has put something there
+                output.rmdir()
+        raise
 
 
 def compare(

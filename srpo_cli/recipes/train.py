@@ -171,6 +171,9 @@ class Run:
             room = self.plan.machine.memory / GIB
             say(f"memory plan: {self.plan.name}, {self.plan.total_gib:.1f} of {room:.1f} GiB ({self.plan.why})")
         self.prompts = self._load_prompts(announce)
+        if len(self.prompts.held_out) < config.evaluation.prompts:
+            asked = config.evaluation.prompts
+            say(f"{len(self.prompts.held_out)} of {asked} prompts to measure by: of a file every eighth is held out")
         self.pictures = self._open_pictures()
         if config.model.name == "miniature" and self.device.type == "cpu":
             # Its matrices are too small for a second thread to pay, and last bits must not depend on the machine.
@@ -602,10 +605,7 @@ class Run:
 
     @torch.no_grad()
     def _measure(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Reward and gap of the fresh rollouts' own pictures as this rank's share of their means; photo distance.
-
-        The photo distance is that of rank 0's pictures: it looks back over many steps anyway.
-        """
+        """Reward and gap of the fresh rollouts' own pictures as this rank's share of their means; photo distance."""
         pictures = [self._decode(rollout.x_0) for rollout in self.rollouts]
         self.gaps, rewards = [], []
         for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
@@ -618,7 +618,7 @@ class Run:
         if not self.encoded:
             self.ledger.forwards += self.config.rollout.steps * self.batch
         prompts = [prompt for rollout in self.rollouts for prompt in rollout.prompts]
-        distance = self.report.evaluator.live_distance(torch.cat(pictures), prompts) if self.ranks.leads else None
+        distance = self.report.evaluator.live_distance(torch.cat(pictures), prompts, self.ranks)
         share = self.ranks.size / self.batch
         return {"reward": torch.cat(rewards).sum() * share, "sgp_gap": torch.cat(self.gaps).sum() * share}, distance
 

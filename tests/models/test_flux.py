@@ -320,7 +320,7 @@ def test_damaged_or_foreign_weights_are_one_line(pipeline_folder: Path, tmp_path
 def test_a_damaged_or_foreign_lora_is_one_line(pipeline_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "some.safetensors"
     file.write_bytes(b"not a tensor file")
-    with pytest.raises(SrpoError, match=r"Cannot read .*some\.safetensors"):
+    with pytest.raises(SrpoError, match=r"some\.safetensors is not a safetensors file, or is cut short"):
         load_flux(str(pipeline_folder), weights=file)
     save_file({"lora_unet_double_blocks_0.lora_down.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(SrpoError, match="LoRA") as failure:
