@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -74,4 +75,4 @@ def _quiet_imports() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``srpo`` with ``arguments``, the process's own where None, and leave with its exit code."""
     with one_line_errors():
-        app(args=arguments, prog_name="srpo")
+        sys.exit(app(args=arguments, prog_name="srpo", standalone_mode=False))

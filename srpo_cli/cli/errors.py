@@ -1,20 +1,24 @@
 """One place that turns a user's mistake into one line on stderr and an exit code.
 
-Typer itself deals with its own usage errors (2), an interrupt (130) and a closed pipe (1, silently). Whatever
-is not a ``SrpoError`` is a bug and keeps its traceback.
+Typer itself deals with an interrupt (130) and a closed pipe (1, silently). Whatever is none of these is a bug and keeps
+its traceback.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
+from typer.exceptions import TyperException
 
 from srpo_cli.errors import LostRankError, SrpoError
+
+_PARSERS_OWN = re.compile(r"Value error, |Input (?=should)")
 
 
 @contextmanager
@@ -25,6 +29,16 @@ def one_line_errors() -> Iterator[None]:
     except SrpoError as error:
         if not isinstance(error, LostRankError):
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(error.exit_code)
+    except TyperException as error:  # the parser's: a flag, a value or a command that it does not know
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(error.exit_code)
+        message = _PARSERS_OWN.sub("", error.format_message()).rstrip(". \n")
+        command = error.ctx.command_path if error.ctx else "srpo"
+        typer.secho(f"error: {' '.join(message.split())}: see `{command} --help`", fg=typer.colors.RED, err=True)
         sys.exit(error.exit_code)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which must not be imported for it

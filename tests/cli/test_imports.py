@@ -127,3 +127,19 @@ def test_a_closed_pipe_is_no_error():
     )
     assert process.stdout.startswith("# ")
     assert process.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --gpus 0", "Invalid value for '--gpus': should be greater than or equal to 1: see `srpo train --help`"),
+        ("doctor --format yaml", "Invalid value for '--format': 'yaml' is not one of 'table', 'json'"),
+        ("train --no-such-flag", "No such option: --no-such-flag"),
+        ("presets shw realism", "No such command 'shw'"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_too(srpo, arguments, message):
+    outcome = srpo(*arguments.split())
+    assert outcome.exit_code == 2 and outcome.stdout == ""
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith(f"error: {message}") and line.endswith("--help`")
