@@ -60,7 +60,10 @@ def _count(rank: int, port: int, folder: Path, overrides: Sequence[str]) -> None
     named = {"all_gathers": 0, "reduce_scatters": 0, "others": 0}
     for operator, number in exchanges.get_comm_counts().items():
         name = str(operator)
-        kind = "all_gathers" if "gather" in name else "reduce_scatters" if "reduce_scatter" in name else "others"
+        # FSDP2 gathers flat tensors; what ranks tell one another, as the oracle's figures, is gathered in lists.
+        kind = (
+            "all_gathers" if "allgather_base" in name else "reduce_scatters" if "reduce_scatter" in name else "others"
+        )
         named[kind] += number
     if rank == 0:
         per_unit = {kind: number / (updates * (1 if kind == "others" else units)) for kind, number in named.items()}
