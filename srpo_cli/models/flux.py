@@ -202,9 +202,13 @@ class Flux(LatentSpace):
     def latent_dtype(self) -> torch.dtype:
         return self._latent_dtype or self.dtype
 
+    def named_trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The transformer's parameters by name, or those of its LoRA where there is one."""
+        return {name: value for name, value in self.transformer.named_parameters() if value.requires_grad}
+
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The transformer's parameters, or those of its LoRA where there is one."""
-        return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+        """The same without their names."""
+        return list(self.named_trainable_parameters().values())
 
     def save_weights(self, folder: Path) -> None:
         """Write what is trained, in the layout that :func:`load_flux` takes as ``weights``."""

@@ -111,9 +111,9 @@ def hold(loaded: Loaded, config: TrainConfig, plan: Settings, ranks: Ranks) -> T
         dtype = None if ranks.device.type == "cpu" else getattr(torch, config.model.dtype)
         shard(transformer, blocks, make_mesh(ranks, plan.shard), dtype, loaded.masters, ranks.device)
         loaded.model.compute_dtype = dtype
-        parameters = _trained(transformer)
+        parameters = loaded.model.named_trainable_parameters()
         return Shards(transformer, parameters, _adamw(parameters, options))
-    parameters = _trained(transformer)
+    parameters = loaded.model.named_trainable_parameters()
     if config.train.mode == "full" and plan.plan in _SPLIT:
         masters = loaded.masters and (loaded.masters[name] for name in parameters)
         return Halves(parameters, _split_adamw(parameters, options, plan, masters))
@@ -127,10 +127,6 @@ def arithmetic_of(config: TrainConfig, plan: Settings, device: torch.device) -> 
     if plan.plan != "replicated" or config.train.mode == "lora" or config.memory.master == "bfloat16":
         return nullcontext()
     return arithmetic(device, getattr(torch, config.model.dtype))
-
-
-def _trained(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: value for name, value in transformer.named_parameters() if value.requires_grad}
 
 
 def _adamw(parameters: dict[str, nn.Parameter], options: OptimizerConfig) -> torch.optim.AdamW:
