@@ -171,7 +171,7 @@ def _how_to_load(config: TrainConfig, base: Base, result: Mapping[str, Any], sta
         f"guidance_scale={config.sampling.guidance:g})",
         'picture = pipe("a prompt", **size, **sampling).images[0]',
     ]
-    paragraphs = ["```python\n" + "\n".join(lines) + "\n```"]
+    paragraphs = [f"In the folder that `{folder}` is in:", "```python\n" + "\n".join(lines) + "\n```"]
     if adapter and base.name != "miniature":
         paragraphs.append("ComfyUI reads the file as it is: put it into `models/loras`.")
     if adapter and start and start == config.model.weights:
