@@ -22,8 +22,6 @@ import safetensors.torch
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
-from huggingface_hub import split_state_dict_into_shards_factory
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -44,7 +42,7 @@ from srpo_cli.models.flux_files import (
 from srpo_cli.models.flux_lora import linear_layers
 from srpo_cli.models.quantised import is_modulation
 from srpo_cli.recipes.model_card import Base, model_card, title
-from srpo_cli.runtime.checkpoints import EMA, Checkpoint, find_checkpoint, list_checkpoints
+from srpo_cli.runtime.checkpoints import EMA, Checkpoint, find_checkpoint, list_checkpoints, save_shards
 from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.folder import CONFIG, SUMMARY, RunFolder, disk_errors
 from srpo_cli.runtime.progress import CountProgress
@@ -502,29 +500,21 @@ def _write_transformer(
     counts = {name: math.prod(shape) for name, shape in _shapes(layout).items()}
     sizes = {name: count * dtype.itemsize for name, count in counts.items()}
     _check_room(folder, sum(sizes.values()))
-    split = split_state_dict_into_shards_factory(
-        sizes,
-        get_storage_size=int,
-        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
-        max_shard_size=_SHARD,
-    )
     moved = rounded = 0.0  # squared Frobenius norms
-    done = 0
+
+    def weights(progress: CountProgress) -> Iterator[tuple[str, Tensor]]:
+        nonlocal moved, rounded
+        for done, name in enumerate(sizes, 1):
+            weight, before = read(name)
+            cast = _cast(name, weight, dtype)
+            if before is not None and dtype is not torch.float32:
+                moved += _norm(weight - before) ** 2
+                rounded += _norm(cast.float() - weight) ** 2
+            yield name, cast
+            progress.update(done)
+
     with CountProgress(len(sizes), "tensors") as progress:
-        for file, names in split.filename_to_tensors.items():
-            shard = {}
-            for name in names:
-                weight, before = read(name)
-                shard[name] = _cast(name, weight, dtype).contiguous()
-                if before is not None and dtype is not torch.float32:
-                    moved += _norm(weight - before) ** 2
-                    rounded += _norm(shard[name].float() - weight) ** 2
-                done += 1
-                progress.update(done)
-            safetensors.torch.save_file(shard, folder / file, job.headers)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        save_shards(folder, sizes, weights(progress), job.headers, _SHARD)
     layout.save_config(folder)
     rounding = math.sqrt(rounded / moved) if moved else None
     if rounding:

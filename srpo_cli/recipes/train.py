@@ -286,7 +286,13 @@ class Run:
 
     def _trained_on(self) -> Iterator[str]:
         for number in range(self.config.train.steps * self.batch):
-            yield self.pictures.caption(number) if self.pictures else self.prompts.batch([number])[0]
+            yield from self._prompts_of([number])
+
+    def _prompts_of(self, numbers: Sequence[int]) -> list[str]:
+        """The prompts of the rollouts with these numbers: captions where given pictures stand for them."""
+        if self.pictures:
+            return [self.pictures.caption(number) for number in numbers]
+        return self.prompts.batch(numbers)
 
     def _texts(self) -> list[str]:
         """Every text that the reward is asked for in training."""
@@ -560,9 +566,7 @@ class Run:
 
     def _roll_out(self, numbers: list[int]) -> Rollout:
         """Clean latents and their noise: sampled from the model, or encoded from given pictures."""
-        prompts = (
-            [self.pictures.caption(number) for number in numbers] if self.pictures else self.prompts.batch(numbers)
-        )
+        prompts = self._prompts_of(numbers)
         conditioning, noise = self.model.encode_prompts(prompts), self._rollout_noise(numbers)
         x_0 = self.encoded.batch(numbers) if self.encoded else self._draw(conditioning, noise)
         return Rollout(x_0, noise, prompts, conditioning, self.config.model.size)
@@ -689,7 +693,6 @@ class Run:
         told = dict(zip(wanted, torch.stack([value.to(means) for value in wanted.values()]).tolist(), strict=True))
         self._may_be_asked |= told.pop("asked", 0.0) > 0
         if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
-            self.trained.drop_gradients()
             raise self._not_finite(told["loss"], told["grad_norm"])
         if self.target and "sgp_gap" in told:
             self.target.update(told["sgp_gap"])
@@ -770,7 +773,7 @@ class Run:
         first = self._fresh * self.batch
         for numbers in self._micro_batches():
             place = slice(numbers[0] - first, numbers[-1] - first + 1)
-            prompts = [self.pictures.caption(n) for n in numbers] if self.pictures else self.prompts.batch(numbers)
+            prompts = self._prompts_of(numbers)
             conditioning = self.model.encode_prompts(prompts)
             size = self.config.model.size
             self.rollouts.append(Rollout(kept["x_0"][place], kept["eps"][place], prompts, conditioning, size))

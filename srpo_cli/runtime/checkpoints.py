@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -152,52 +153,51 @@ def save_checkpoint(
 
 
 def save_masters(folder: Path | None, model: ModelMixin, masters: Iterable[tuple[str, Tensor]]) -> None:
-    """Write weights to a new folder that diffusers reads, a file of about 10 GB at a time.
+    """Write float32 weights to a new folder that diffusers reads.
 
     Args:
         folder: where; None: nothing is written, but every weight is asked for, as a rank has to that holds a part.
-        model: whose configuration goes with them.
-        masters: every weight by name; only what goes into one file is in host memory at a time.
+        model: whose weights they are, and whose configuration goes with them.
+        masters: every weight by name.
     """
-    written: list[tuple[Path, list[str]]] = []
-    part: dict[str, Tensor] = {}
-    if folder:
-        model.save_config(folder)
-
-    def close() -> None:
-        path = folder / f"part-{len(written)}.safetensors"
-        save_file(part, path, {"format": "pt"})
-        written.append((path, list(part)))
-        part.clear()
-
-    size = total = 0
-    for name, master in masters:
-        if not folder:
-            continue
-        bytes_here = master.numel() * master.element_size()
-        if part and size + bytes_here > _FILE_BYTES:
-            close()
-            size = 0
-        part[name] = master.cpu().contiguous()
-        size, total = size + bytes_here, total + bytes_here
-    if folder:
-        close()
-        _name_parts(folder, written, total)
-
-
-def _name_parts(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> None:
-    """Give the files of one set of weights the names that diffusers looks for."""
-    if len(written) == 1:
-        written[0][0].replace(folder / SAFETENSORS_WEIGHTS_NAME)
+    if folder is None:
+        for _ in masters:
+            pass
         return
+    model.save_config(folder)
+    sizes = {name: parameter.numel() * torch.float32.itemsize for name, parameter in model.named_parameters()}
+    save_shards(folder, sizes, masters, {"format": "pt"}, _FILE_BYTES)
+
+
+def save_shards(
+    folder: Path,
+    sizes: dict[str, int],
+    tensors: Iterable[tuple[str, Tensor]],
+    headers: dict[str, str],
+    limit: int | str,
+) -> None:
+    """Write a transformer's weights in the files that diffusers reads, each as soon as its last tensor has come.
+
+    Args:
+        folder: there already.
+        sizes: bytes of every tensor by name.
+        tensors: each once, in the order of ``sizes``; only what goes into one file is in host memory at a time.
+        headers: metadata of every file.
+        limit: bytes of a file, or as "10GB".
+    """
     stem, suffix = SAFETENSORS_WEIGHTS_NAME.split(".")
-    places = {}
-    for number, (path, names) in enumerate(written, 1):
-        name = f"{stem}-{number:05d}-of-{len(written):05d}.{suffix}"
-        path.replace(folder / name)
-        places |= dict.fromkeys(names, name)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    split = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=int, filename_pattern=f"{stem}{{suffix}}.{suffix}", max_shard_size=limit
+    )
+    begun: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        file = split.tensor_to_filename[name]
+        begun.setdefault(file, {})[name] = tensor.cpu().contiguous()
+        if len(begun[file]) == len(split.filename_to_tensors[file]):
+            save_file(begun.pop(file), folder / file, headers)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _remove(path: Path) -> None:
