@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from srpo_cli.cli.models import BaseOption, ModelOption, default_model, find_sources
 from srpo_cli.cli.options import OptionalPresetOption, OutputOption, TrustOption, WeightsOption, parse_weights
 from srpo_cli.cli.output import OutputFormat, RowFormat, RowWriter, note, print_rows
 from srpo_cli.cli.plugins import admit_plugin, check_plugin
-from srpo_cli.cli.sample import BaseOption, GuidanceOption, ModelOption, SizeOption, default_model, parse_size
+from srpo_cli.cli.sample import GuidanceOption, SizeOption, parse_size
 from srpo_cli.errors import UsageError
 from srpo_cli.registry import REWARDS
 
@@ -260,14 +261,9 @@ def _fractions(flag: str, given: list[Any]) -> list[float]:
 
 def _source(model: str | None, base: str | None, noise_only: bool) -> Source:
     """The model; for --noise-only also a folder that has no more than an autoencoder."""
-    from srpo_cli.runtime.sources import Source, check_base
+    from srpo_cli.runtime.sources import Source
 
     name = model or base or default_model("recovering with")
     if noise_only and (Path(name) / "vae").is_dir():
         return Source(name)
-    if base:
-        check_base(base)
-    source = Source.find(name, lambda: base or default_model())
-    if base and base != source.base:
-        raise UsageError(f"--base {base} is of no use here: {name} brings a base of its own")
-    return source
+    return find_sources({"": name}, base)[""]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,12 +19,9 @@ from srpo_cli.cli.launch import (
     start,
     told_once,
 )
+from srpo_cli.cli.models import BaseOption, ModelOption, default_model, find_sources, label_models
 from srpo_cli.cli.options import DownloadOption, OutputOption
-from srpo_cli.cli.output import note
 from srpo_cli.errors import UsageError
-
-if TYPE_CHECKING:  # commands import it when they are called, like all of its room
-    from srpo_cli.runtime.sources import Source
 
 EXAMPLES = """Examples:
 
@@ -48,11 +44,6 @@ PromptsOption = Annotated[
     str | None,
     typer.Option("--prompts", metavar="FILE|-", help="Prompts from a .txt, .jsonl or .csv, or stdin."),
 ]
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", metavar="MODEL", help="Base model, run, checkpoint, tuned transformer or LoRA."),
-]
-BaseOption = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="What a transformer or LoRA is for.")]
 CompareOption = Annotated[
     list[str] | None,
     typer.Option("--compare", metavar="[LABEL=]MODEL", help="Draw the same seeds side by side; give it twice or more."),
@@ -110,8 +101,8 @@ def sample(
         if seed + num_images > _LAST_SEED:
             raise UsageError(f"--seed {seed} is too large: choose one below 2**53")
         parsed_size = parse_size(size) if size else None
-        labels = _labels(compare or [])
-        sources = _sources(labels, model, base, say)
+        labels = label_models(compare or [], "--compare")
+        sources = find_sources(labels or {"": model or base or default_model("sampling from", say)}, base)
     if launch:
         start(launch)
 
@@ -138,50 +129,6 @@ def sample(
             raise
         ranks.wait()
     say(f"pictures: {folder / (recipe.COMPARISON if compare else recipe.GRID)}")
-
-
-def _sources(
-    labels: dict[str, str], model: str | None, base: str | None, say: Callable[[str], None]
-) -> dict[str, Source]:
-    """What to draw from by label; the one model where there are none has an empty one."""
-    from srpo_cli.runtime.sources import Source, check_base
-
-    if base:
-        check_base(base)
-    named = labels or {"": model or base or default_model("sampling from", say)}
-    sources = {label: Source.find(name, lambda: base or default_model()) for label, name in named.items()}
-    if base and base not in {source.base for source in sources.values()}:
-        raise UsageError(f"--base {base} is of no use here: {', '.join(named.values())} brings a base of its own")
-    return sources
-
-
-def default_model(announce: str = "", say: Callable[[str], None] = note) -> str:
-    """The model where none is named; ``announce`` says what is done from the miniature where that is it."""
-    from srpo_cli.runtime.devices import has_accelerator
-
-    if has_accelerator():
-        return "flux.1-dev"
-    if announce:
-        say(f"no accelerator here: {announce} the built-in miniature (--model decides otherwise)")
-    return "miniature"
-
-
-def _labels(compare: list[str]) -> dict[str, str]:
-    """Label to model: ``LABEL=MODEL``, or the last part of the model's name."""
-    labels: dict[str, str] = {}
-    for item in compare:
-        label, _, name = item.partition("=")
-        if not (name and _is_label(label)):  # no label, or a "=" in the name of a folder
-            label, name = re.sub(r"[^\w.-]", "-", Path(item).name), item
-        if not _is_label(label) or label in labels:
-            raise UsageError(f"--compare {item}: give every model a label of its own, as in --compare base=miniature")
-        labels[label] = name
-    return labels
-
-
-def _is_label(text: str) -> bool:
-    """Whether a text will do as the name of a folder."""
-    return re.fullmatch(r"\w[\w.-]*", text) is not None
 
 
 def parse_size(text: str) -> tuple[int, int]:

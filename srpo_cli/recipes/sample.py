@@ -38,7 +38,10 @@ _LARGEST_BATCH, _BATCH_PIXELS = 8, 2 * 1024**2
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw: every prompt with ``num_images`` seeds from ``seed`` up. None: the model's own."""
+    """What to draw: every prompt with ``num_images`` seeds from ``seed`` up. None: the model's own.
+
+    ``seeds`` are each prompt's own first seeds in place of ``seed``.
+    """
 
     prompts: Sequence[str]
     seed: int = 0
@@ -46,6 +49,13 @@ class Request:
     steps: int | None = None
     guidance: float = 3.5
     size: tuple[int, int] | None = None
+    seeds: Sequence[int] | None = None
+
+    def pictures(self) -> list[tuple[str, int]]:
+        """Prompt and seed of every picture, those of a prompt together; what is asked for twice is one."""
+        first = self.seeds or [self.seed] * len(self.prompts)
+        starts = product(zip(self.prompts, first, strict=True), range(self.num_images))
+        return list(dict.fromkeys((prompt, seed + number) for (prompt, seed), number in starts))
 
     def settings(self, model: Flux) -> tuple[int, tuple[int, int]]:
         """Steps and size, by the model's own where they were not given."""
@@ -170,10 +180,9 @@ def _fingerprint(model: Flux) -> str:
 def _rows(
     source: Source, fingerprint: str, request: Request, steps: int, size: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """What is known of each picture before it is drawn, seeds of a prompt together; a prompt given twice is one."""
+    """What is known of each picture before it is drawn."""
     rows = []
-    for prompt, number in product(dict.fromkeys(request.prompts), range(request.num_images)):
-        seed = request.seed + number
+    for prompt, seed in request.pictures():
         decides = [fingerprint, prompt, seed, steps, request.guidance, list(size)]
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
