@@ -69,6 +69,16 @@ class Source:
         return cls(config.model.name, weights, trained_on)
 
 
+def is_model(path: Path) -> bool:
+    """Whether a folder is one that can be drawn from: a run, a checkpoint, a pipeline, or weights."""
+    return (
+        (path / CONFIG).is_file()
+        or _is_checkpoint(path)
+        or (path / "model_index.json").is_file()
+        or any(path.glob("*.safetensors"))
+    )
+
+
 def check_base(name: str) -> None:
     """UsageError unless ``name`` can be a base: a model by name or of the Hub, a pipeline's folder, a transformer."""
     path = Path(name)
