@@ -8,6 +8,7 @@ test.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -155,6 +156,59 @@ REWARDS = Registry(
 
 ALGORITHMS = Registry("algorithm", {"srpo": "srpo_cli.algorithms.srpo:SRPO"})
 
+METRICS = Registry(
+    "metric",
+    {
+        "diversity:*": "srpo_cli.recipes.judges:plan_diversity",
+        "fid": "srpo_cli.recipes.judges:plan_distances",
+        "fid:*": "srpo_cli.recipes.judges:plan_distances",
+        "geneval": "srpo_cli.recipes.geneval:plan_geneval",
+        "kid": "srpo_cli.recipes.judges:plan_distances",
+        "kid:*": "srpo_cli.recipes.judges:plan_distances",
+        "oracle": "srpo_cli.recipes.judges:plan_oracle",
+        "sgp:*": "srpo_cli.recipes.judges:plan_reward",
+        "statistics": "srpo_cli.recipes.judges:plan_statistics",
+    },
+    families={f"{kind}:*": f"{kind}:REWARD" for kind in ("diversity", "fid", "kid", "sgp")},
+)
+"""What a benchmark can measure beside rewards, which are metrics under their own names."""
+
+GENEVAL_COLOURS = "clip:ViT-L-14/openai"
+"""The reward whose CLIP names an object's colour for GenEval."""
+
+
+def metric_parts(name: str) -> tuple[str, str]:
+    """A metric's kind and the reward that it reads, empty where it reads none; a reward's own kind is "reward".
+
+    "sgp:hpsv2.1" is ("sgp", "hpsv2.1"), "statistics" is ("statistics", ""). ``UsageError`` with a suggestion for what
+    is neither a metric nor a reward.
+    """
+    kind, colon, reward = name.partition(":")
+    if colon and f"{kind}:REWARD" in METRICS.names:
+        REWARDS.find(reward)
+        return kind, reward
+    if name in METRICS.names:
+        return name, ""
+    try:
+        REWARDS.find(name)
+    except UsageError as error:
+        raise UsageError.unknown("metric", name, [*METRICS.names, *REWARDS.names]) from error
+    return "reward", name
+
+
+def rewards_of(metrics: Iterable[str]) -> list[str]:
+    """The rewards that metrics read, each once; ``UsageError`` as for :func:`metric_parts`."""
+    parts = [metric_parts(name) for name in metrics]
+    rewards = [GENEVAL_COLOURS if kind == "geneval" else reward for kind, reward in parts]
+    return [reward for reward in dict.fromkeys(rewards) if reward]
+
+
+def weights_of(metrics: Iterable[str]) -> list[str]:
+    """Names that ``--weights NAME=PATH`` may give for metrics: their rewards, and what is in ``METRIC_FILES``."""
+    metrics = list(metrics)
+    needed = {"geneval": "mask2former", "fid": "inception", "kid": "inception"}
+    return [*rewards_of(metrics), *dict.fromkeys(needed[name] for name in metrics if name in needed)]
+
 
 def check_parts(model: str, reward: str, algorithm: str) -> None:
     """Raise ``UsageError`` for the first name that stands for nothing; imports none of them."""
@@ -299,6 +353,25 @@ REWARD_FILES: dict[str, tuple[HubFiles | WebFile, ...]] = {
     "pickscore:cosine": _PICKSCORE,
 }
 """What a named reward needs; the first file of the first entry is the one that ``--weights NAME=FILE`` stands for."""
+
+METRIC_FILES: dict[str, tuple[HubFiles | WebFile, ...]] = {
+    "mask2former": (
+        HubFiles(
+            "facebook/mask2former-swin-small-coco-instance",
+            ("model.safetensors", "config.json", "preprocessor_config.json"),
+            size="0.28 GB",
+        ),
+    ),
+    "inception": (
+        WebFile(
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+            "weights-inception-2015-12-05-6726825d.pth",
+            size="96 MB",
+            note="Apache-2.0",
+        ),
+    ),
+}
+"""What metrics need beside rewards: the detector of ``geneval``, the network of ``fid`` and ``kid``."""
 
 PROMPT_FILES = {"hpdv2": HubFiles("ymhao/HPDv2", ("train.json",), repo_type="dataset")}
 """Where named sets of training prompts are."""
