@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from srpo_cli.algorithms.base import ControlWords, Generators, ImageTransform, Model, Reward, Rollout
 from srpo_cli.core.curves import hinge, linear_curve
 from srpo_cli.core.recover import add_noise, recover
 from srpo_cli.core.relative import Branch, WordWeights, branch_weights, relative_reward, swapped, upstream
@@ -27,92 +27,6 @@ from srpo_cli.core.schedule import expand_to, shifted_sigmas, truncate_to_clock
 from srpo_cli.errors import UsageError
 
 BRANCHES: tuple[Branch, ...] = ("denoise", "invert")
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
-"""CPU generators: one for all samples, or one for each, so that a sample's draws do not depend on its batch."""
-
-
-class Model(Protocol):
-    """What SRPO asks of a model family; see :class:`srpo_cli.models.flux.Flux`."""
-
-    def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Any, guidance: float, size: tuple[int, int]
-    ) -> Tensor: ...
-
-    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor: ...
-
-
-class Reward(Protocol):
-    """What SRPO asks of a reward; see :class:`srpo_cli.rewards.clip.ClipReward`."""
-
-    def scores(self, images: Tensor, *texts: Sequence[str]) -> tuple[Tensor, ...]: ...
-
-
-class ImageTransform(Protocol):
-    """A random, differentiable change of pictures; see :class:`srpo_cli.rewards.augment.Augment`."""
-
-    def __call__(self, images: Tensor, generator: Generators) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Clean latents and all that belongs to them.
-
-    Attributes:
-        x_0: clean latents, (B, ...), from the sampler or from real pictures; constant.
-        eps: noise to mix into them, shaped like ``x_0``: the rollout's own start, or fresh.
-        prompts: B prompts, without control words.
-        conditioning: the model's encoding of the prompts.
-        size: height and width of the pictures, px.
-    """
-
-    x_0: Tensor
-    eps: Tensor
-    prompts: Sequence[str]
-    conditioning: Any
-    size: tuple[int, int]
-
-    def repeat(self, count: int) -> Rollout:
-        """All samples ``count`` times over, one whole batch after the other."""
-        if count == 1:
-            return self
-        x_0, eps = (tensor.repeat(count, *[1] * (tensor.ndim - 1)) for tensor in (self.x_0, self.eps))
-        conditioning = None if self.conditioning is None else self.conditioning.repeat(count)
-        return Rollout(x_0, eps, [*self.prompts] * count, conditioning, self.size)
-
-
-@dataclass(frozen=True)
-class ControlWords:
-    """Lists of desired and undesired words, of which step ``n`` uses the n-th, round and round.
-
-    ``template`` makes the text that the reward reads; the model itself only sees the plain prompt.
-    """
-
-    positive: Sequence[str]
-    negative: Sequence[str]
-    template: str = "{word}. {prompt}"
-
-    def __post_init__(self) -> None:
-        if not self.positive or not self.negative:
-            raise UsageError("control_words needs at least one positive and one negative word.")
-
-    def at(self, step: int) -> tuple[str, str]:
-        """The positive and the negative word of a step."""
-        return self.positive[step % len(self.positive)], self.negative[step % len(self.negative)]
-
-    def texts(self, word: str, prompts: Sequence[str]) -> list[str]:
-        """Each prompt with ``word`` put to it."""
-        return [self.template.format(word=word, prompt=prompt) for prompt in prompts]
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        """Every word, the positive ones first."""
-        return (*self.positive, *self.negative)
-
-    def gap(self, rewards: Sequence[Tensor]) -> Tensor:
-        """Mean reward for the positive words minus that for the negative ones, (B,), from one (B,) for each of all."""
-        stacked = torch.stack(list(rewards))
-        return stacked[: len(self.positive)].mean(0) - stacked[len(self.positive) :].mean(0)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpo_cli.algorithms.srpo import ControlWords
+from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.errors import UsageError
 from srpo_cli.metrics.intervals import mean_interval
 from srpo_cli.rewards.base import Reward

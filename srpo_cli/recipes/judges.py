@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, get_type_hints
 import torch
 from torch import Tensor
 
-from srpo_cli.algorithms.srpo import ControlWords
+from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.config.benchmark import Benchmark
 from srpo_cli.errors import MissingError, SrpoError, UsageError
 from srpo_cli.metrics.aggregate import Measure, hundredfold, mean, mean_absolute

@@ -15,7 +15,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from srpo_cli.algorithms.srpo import SRPO, ControlWords, Draws, ReferenceDraws, SigmaDraws
+from srpo_cli.algorithms.base import ControlWords
+from srpo_cli.algorithms.srpo import SRPO, Draws, ReferenceDraws, SigmaDraws
 from srpo_cli.config.schema import AlgorithmConfig, PromptsConfig, RewardConfig, TrainConfig
 from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
 from srpo_cli.miniature.world import SIZE, draw_prompts, parse

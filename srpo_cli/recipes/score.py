@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srpo_cli.algorithms.srpo import ControlWords
+from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.core.relative import WordWeights, guided, relative_reward, sgp, srp, upstream
 from srpo_cli.errors import SrpoError
 from srpo_cli.metrics.intervals import Interval, bootstrap

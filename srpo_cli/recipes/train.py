@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srpo_cli.algorithms.srpo import ControlWords, Injection, Rollout
+from srpo_cli.algorithms.base import ControlWords, Rollout
+from srpo_cli.algorithms.srpo import Injection
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
 from srpo_cli.core.target import Target

@@ -20,7 +20,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from srpo_cli.algorithms.srpo import SRPO, ControlWords, Injection, ReferenceDraws, Rollout
+from srpo_cli.algorithms.base import ControlWords, Rollout
+from srpo_cli.algorithms.srpo import SRPO, Injection, ReferenceDraws
 from srpo_cli.core.schedule import shifted_sigmas, truncate_to_clock
 from srpo_cli.models.flux import Conditioning, Flux, _pack
 from srpo_cli.rewards.clip import ClipReward

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from srpo_cli.algorithms.srpo import SRPO, ControlWords, Injection, ReferenceDraws, Rollout, SigmaDraws
+from srpo_cli.algorithms.base import ControlWords, Rollout
+from srpo_cli.algorithms.srpo import SRPO, Injection, ReferenceDraws, SigmaDraws
 from srpo_cli.core.recover import add_noise, recover
 from srpo_cli.core.sampling import euler_sample
 from srpo_cli.core.schedule import expand_to, shifted_sigmas

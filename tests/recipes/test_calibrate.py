@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from srpo_cli.algorithms.srpo import ControlWords
+from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.errors import UsageError
 from srpo_cli.metrics.intervals import mean_interval
 from srpo_cli.miniature.world import CG, COMIC, PAINTING, PHOTO, draw_prompts, draw_scenes_of, render, vocabulary

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from srpo_cli.algorithms.srpo import ControlWords
+from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.config.benchmark import Benchmark
 from srpo_cli.errors import MissingError, SrpoError, UsageError
 from srpo_cli.metrics.distribution import frechet_distance
