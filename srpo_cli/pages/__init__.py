@@ -1,0 +1,1 @@
+"""HTML pages that stand alone: the report of an evaluation or of a human study."""

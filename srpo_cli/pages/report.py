@@ -1,0 +1,163 @@
+"""One HTML page that answers, for somebody who was not there: which model is better, by how much, and is it sure."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from srpo_cli.pages.charts import shape
+from srpo_cli.pages.gallery import Progress, gallery
+from srpo_cli.pages.glossary import DIRECTIONS
+from srpo_cli.pages.results import heading, names, results_context, sentence
+from srpo_cli.pages.study import study_context
+from srpo_cli.pages.verdict import verdict
+from srpo_cli.pages.writing import plain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["REPORT", "verdict", "write_report"]
+
+REPORT = "report.html"
+"""The page's name in its folder."""
+
+
+def write_report(
+    folder: Path,
+    result: Mapping[str, Any] | None,
+    table: pd.DataFrame | None,
+    study: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path.
+
+    The page holds its style and scripts and needs no network. Its thumbnails are in it while they are few (3 MB), else
+    in ``thumbnails/`` beside it, where those that match are kept.
+
+    Args:
+        folder: of the result; what ``table`` calls ``file`` is relative to it.
+        result: of ``results.json``, or None for a study alone.
+        table: a row for each picture, as in ``images.parquet``; None shows no pictures.
+        study: the analysis of a human study.
+        progress: told (thumbnails made, thumbnails in all) as they are made.
+
+    SrpoError for a picture that cannot be read.
+    """
+    if result is None and study is None:
+        raise ValueError("a report needs a result or a study")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = gallery(folder, result, table, progress) if result is not None and table is not None else None
+    page = render(result, pictures, study)
+    path = folder / REPORT
+    temporary = path.with_name(f".{REPORT}.tmp")
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate is in no file's encoding
+    temporary.replace(path)
+    return path
+
+
+def render(
+    result: Mapping[str, Any] | None, pictures: Mapping[str, Any] | None, study: Mapping[str, Any] | None
+) -> str:
+    """The page as text; ``pictures`` as :func:`srpo_cli.pages.gallery.gallery` gives them."""
+    environment = Environment(
+        loader=PackageLoader("srpo_cli.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    environment.filters |= {"sentence": sentence, "figures_apart": _figures_apart}
+    environment.globals |= {"shape": shape, "directions": DIRECTIONS}
+    style, page_script, gallery_script = (_asset(environment, name) for name in ("style.css", "page.js", "gallery.js"))
+    context: dict[str, Any] = {"result": result, "study": study, "pictures": _shown(pictures)}
+    if result is not None:
+        context |= {**results_context(result), "heading": heading(result), "title": f"{names(result)}: srpo eval"}
+    if study is not None:
+        context |= study_context(study)
+    if result is None and study is not None:
+        context |= {"heading": _study_heading(study), "title": f"{study['study']}: human study"}
+    return environment.get_template("report.html.j2").render(
+        **context,
+        contents=_contents(context),
+        style=style,
+        page_script=page_script,
+        gallery_script=gallery_script,
+        policy=_policy(style, page_script, gallery_script),
+    )
+
+
+def _asset(environment: Environment, name: str) -> Markup:
+    """A style sheet or script of the package as it is, not as a template."""
+    source, _, _ = environment.loader.get_source(environment, name)
+    return Markup(source)
+
+
+def _figures_apart(text: str) -> Markup:
+    """A sentence with the figures in its parentheses set apart, so that it reads without them."""
+    parts = re.split(r"(\([^()]*\d[^()]*\))", plain(text))
+    apart = Markup('<span class="figures">{}</span>')
+    return Markup("").join(apart.format(part) if place % 2 else part for place, part in enumerate(parts))
+
+
+def _policy(style: str, *scripts: str) -> str:
+    """A content security policy: nothing but this style, these scripts, and pictures beside the page or in it."""
+    allowed = {
+        "default-src": "'none'",
+        "img-src": "'self' file: data:",
+        "style-src": _hash(style),
+        "script-src": " ".join(map(_hash, scripts)),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{kind} {sources}" for kind, sources in allowed.items())
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _shown(pictures: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the template asks of the pictures, their data as JSON that cannot end its script element."""
+    if pictures is None or not pictures["items"]:
+        return None
+    text = json.dumps(pictures, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    gaps = [place for place, column in enumerate(pictures["columns"]) if column["name"].startswith("sgp:")]
+    beside = bool(pictures["sources"]) and not pictures["sources"][0].startswith("data:")
+    return {**pictures, "json": Markup(text), "gap": gaps[0] if gaps else None, "beside": beside}
+
+
+def _contents(context: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Anchors and names of the sections that the page has."""
+    result, study = context["result"], context["study"]
+    sections = [
+        ("verdict", "Answer", result),
+        ("table", "Table", result),
+        ("differences", "Differences", result and context["differences"]),
+        ("intervals", "Intervals", result),
+        ("groups", "Groups", result and context["group_cards"]),
+        ("pictures", "Pictures", context["pictures"]),
+        ("hacking", "Hacking", result and context["hacking"]),
+        ("study", "People", study),
+        ("excellent", "Excellent rates", study and context["excellent"]),
+        ("pairs", "Pairs", study and context["pairs"]),
+        ("raters", "Raters", study),
+        ("protocol", "Protocol", result),
+        ("glossary", "Glossary", result),
+    ]
+    return [(anchor, name) for anchor, name, there in sections if there]
+
+
+def _study_heading(study: Mapping[str, Any]) -> str:
+    arms = [plain(arm) for arm in study["arms"]]
+    return f"Do people prefer {arms[1]} to {arms[0]}?" if len(arms) == 2 else "What do people prefer?"
