@@ -40,7 +40,7 @@ from srpo_cli.models.flux_files import (
     pipeline_folder,
     tuned_weights,
 )
-from srpo_cli.models.flux_lora import LowRank, add_lora, fuse_lora, has_lora, load_lora, save_lora
+from srpo_cli.models.flux_lora import LowRank, add_lora, fuse_lora, has_lora, load_lora, save_lora, scale_lora
 from srpo_cli.models.flux_text import LONGEST_PROMPT, EncodeOne, PromptEncoder
 from srpo_cli.models.quantised import float8_linears
 
@@ -229,6 +229,10 @@ class Flux(LatentSpace):
     ) -> None:
         """Train a LoRA from here on, and nothing else; see :func:`srpo_cli.models.flux_lora.add_lora`."""
         add_lora(self.transformer, rank, alpha, targets, torch.Generator().manual_seed(seed))
+
+    def scale_lora(self, scale: float) -> None:
+        """Draw with the LoRA ``scale`` times as strong; see :func:`srpo_cli.models.flux_lora.scale_lora`."""
+        scale_lora(self.transformer, scale)
 
     def fuse_lora(self) -> dict[str, LowRank]:
         """Fold a LoRA into the weights and train all of them; see :func:`srpo_cli.models.flux_lora.fuse_lora`."""

@@ -147,6 +147,15 @@ def _target(name: str) -> str | None:
     return match[1] if match else None
 
 
+def scale_lora(transformer: FluxTransformer2DModel, scale: float) -> None:
+    """Let the LoRA add ``scale`` times what was trained, W = W_0 + scale * dW, as DRaFT does (arXiv:2309.17400).
+
+    At 0 it adds nothing, at 1 what was trained, whatever was set before. Drawing and folding in follow it;
+    :func:`save_lora` writes what was trained.
+    """
+    transformer.set_adapters(list(transformer.peft_config), scale)
+
+
 def fuse_lora(transformer: FluxTransformer2DModel) -> dict[str, LowRank]:
     """Fold the LoRA into the weights, rounded once to their dtype, and make every weight trainable.
 

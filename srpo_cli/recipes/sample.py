@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,7 @@ from srpo_cli import __version__
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.miniature.world import SIZE
 from srpo_cli.models.flux import Flux, load_flux
+from srpo_cli.models.flux_files import tuned_weights
 from srpo_cli.recipes.parts import check_miniature_prompts, chunks, draw_pictures, fingerprint
 from srpo_cli.recipes.pictures import read_picture
 from srpo_cli.runtime.devices import best_device
@@ -40,7 +41,8 @@ _LARGEST_BATCH, _BATCH_PIXELS = 8, 2 * 1024**2
 class Request:
     """What to draw: every prompt with ``num_images`` seeds from ``seed`` up. None: the model's own.
 
-    ``seeds`` are each prompt's own first seeds in place of ``seed``.
+    ``seeds`` are each prompt's own first seeds in place of ``seed``. ``lora_scale`` is how much of the model's LoRA is
+    added, 1 as it was trained; a model without one has no scale.
     """
 
     prompts: Sequence[str]
@@ -50,6 +52,7 @@ class Request:
     guidance: float = 3.5
     size: tuple[int, int] | None = None
     seeds: Sequence[int] | None = None
+    lora_scale: float | None = None
 
     def pictures(self) -> list[tuple[str, int]]:
         """Prompt and seed of every picture, those of a prompt together; what is asked for twice is one."""
@@ -62,6 +65,21 @@ class Request:
         steps = self.steps or (_MINIATURE_STEPS if model.name == "miniature" else _STEPS)
         edge = model.vae.config.sample_size
         return steps, self.size or (edge, edge)
+
+    def scale_of(self, model: Flux) -> float | None:
+        """The scale of the model's LoRA; None where it has none."""
+        if not model.has_lora:
+            return None
+        return 1.0 if self.lora_scale is None else float(self.lora_scale)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model, what it was read from, and the digest of its weights."""
+
+    source: Source
+    model: Flux
+    fingerprint: str
 
 
 def sample(
@@ -79,12 +97,22 @@ def sample(
     folder; all of them yield all rows. ``announce`` is told about downloads before they start; None: nothing is
     downloaded.
     """
+    loaded = _load(source, request, output, ranks, announce)
+    yield from _draw_all(loaded, request, output, ranks)
+
+
+def _load(
+    source: Source, request: Request, output: Path, ranks: Ranks, announce: Callable[[str], None] | None
+) -> _Loaded:
+    """Load a model that can draw what is asked for, the same on all ranks, once ``output`` can be written to."""
     with ranks.together():
         if source.base == "miniature":
             check_miniature_prompts(list(request.prompts))
             if request.size not in (None, (SIZE, SIZE)):  # it can, but it repeats its picture like a tile
                 named = "x".join(map(str, request.size))
                 raise UsageError(f"size {named}: the miniature draws {SIZE}x{SIZE} and no other")
+        if request.lora_scale is not None:
+            _check_lora(source, request.lora_scale)
         quiet_libraries()  # an error of one line would otherwise come after the progress bars of loading
         download = None if announce is None else partial(fetch, announce=announce)
         with _folder(output):
@@ -95,7 +123,28 @@ def sample(
     with ranks.together():
         if digest != ranks.from_rank_0(digest):
             raise UsageError(f"the weights of {source.base} are not those of rank 0: give all machines the same files")
-    rows = ranks.from_rank_0(_rows(source, digest, request, steps, size))
+    return _Loaded(source, model, digest)
+
+
+def _check_lora(source: Source, scale: float) -> None:
+    """Refuse to scale the LoRA of a model that has none, before it is loaded."""
+    if tuned_weights(source.base, source.tuned).lora is None:
+        raise UsageError(
+            f"lora scale {scale:g}: {source.weights or source.base} has no LoRA to scale: name one, or a run that "
+            "trained one (srpo export RUN --format extract makes one of any other run)"
+        )
+
+
+def _draw_all(loaded: _Loaded, request: Request, output: Path, ranks: Ranks) -> Iterator[dict[str, Any]]:
+    """Draw what is missing in ``output``, yield all rows, then list them and show them on a grid."""
+    model = loaded.model
+    with ranks.together(), disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    scale = request.scale_of(model)
+    if scale is not None:
+        model.scale_lora(scale)
+    rows = ranks.from_rank_0(_rows(loaded, request))
+    _, size = request.settings(model)
     parts = list(chunks(len(rows), _batch_size(size)))
     for first in range(0, len(parts), ranks.size):
         together = parts[first : first + ranks.size]
@@ -149,10 +198,36 @@ def compare(
     announce: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Draw the same prompts and seeds from several models, each in a folder of its label, and all side by side."""
+    drawn = {label: sample(source, request, output / label, ranks, announce) for label, source in sources.items()}
+    yield from _side_by_side(drawn, request, output, ranks)
+
+
+def compare_scales(
+    source: Source,
+    scales: Sequence[float],
+    request: Request,
+    output: Path,
+    ranks: Ranks = ALONE,
+    announce: Callable[[str], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Draw the same prompts and seeds at several scales of a model's LoRA, as :func:`compare` does several models.
+
+    Their labels are ``scale-0``, ``scale-0.5`` ...; the model is loaded once.
+    """
+    scaled = {f"scale-{float(scale)}".removesuffix(".0"): replace(request, lora_scale=scale) for scale in scales}
+    loaded = _load(source, next(iter(scaled.values())), output, ranks, announce)
+    drawn = {label: _draw_all(loaded, wanted, output / label, ranks) for label, wanted in scaled.items()}
+    yield from _side_by_side(drawn, request, output, ranks)
+
+
+def _side_by_side(
+    drawn: Mapping[str, Iterator[dict[str, Any]]], request: Request, output: Path, ranks: Ranks
+) -> Iterator[dict[str, Any]]:
+    """Draw one label after the other, yield its rows with it, then show all on one sheet, a row for each label."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for label, source in sources.items():
+    for label, drawing in drawn.items():
         rows[label] = []
-        for row in sample(source, request, output / label, ranks, announce):
+        for row in drawing:
             rows[label].append(row)
             yield {"label": label, **row}
     if not ranks.leads:
@@ -177,13 +252,15 @@ def _fingerprint(model: Flux) -> str:
     return fingerprint(parameter for part in parts for parameter in part.parameters())
 
 
-def _rows(
-    source: Source, fingerprint: str, request: Request, steps: int, size: tuple[int, int]
-) -> list[dict[str, Any]]:
+def _rows(loaded: _Loaded, request: Request) -> list[dict[str, Any]]:
     """What is known of each picture before it is drawn."""
+    source, fingerprint = loaded.source, loaded.fingerprint
+    steps, size = request.settings(loaded.model)
+    scale = request.scale_of(loaded.model)
+    scaled = [] if scale in (None, 1) else [scale]  # at 1 a picture is what it was before there were scales
     rows = []
     for prompt, seed in request.pictures():
-        decides = [fingerprint, prompt, seed, steps, request.guidance, list(size)]
+        decides = [fingerprint, prompt, seed, steps, request.guidance, list(size), *scaled]
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "picture"
         rows.append(
@@ -194,6 +271,7 @@ def _rows(
                 "model": source.base,
                 "weights": str(source.weights.resolve()) if source.weights else None,
                 "fingerprint": fingerprint,
+                "lora_scale": scale,
                 "steps": steps,
                 "guidance": request.guidance,
                 "size": list(size),

@@ -257,6 +257,52 @@ def test_a_label_comes_from_the_folder_even_with_an_equals_sign_in_it(srpo, tune
     assert [row["label"] for row in rows] == ["miniature", "lr-1e-5"]
 
 
+def test_a_lora_scale_draws_anew_beside_the_old_and_1_is_what_was_there(srpo, lora, draws):
+    model = ("--model", lora, "--base", "miniature")
+    trained = rows_of(srpo("sample", RED, *model, *QUICK))
+    assert rows_of(srpo("sample", RED, *model, "--lora-scale", 1, *QUICK)) == trained and draws == [1]
+    (half,) = rows_of(srpo("sample", RED, *model, "--lora-scale", "0.5", *QUICK))
+    assert rows_of(srpo("sample", RED, *model, "--lora-scale", ".50", *QUICK)) == [half] and draws == [1, 1]
+    assert (half["lora_scale"], trained[0]["lora_scale"]) == (0.5, 1)
+    assert half["file"] != trained[0]["file"] and (pixels(half["file"]) != pixels(trained[0]["file"])).any()
+
+
+def test_several_lora_scales_are_drawn_side_by_side(srpo, lora, elsewhere):
+    command = ("sample", RED, BLUE, "--model", lora, "--base", "miniature", "--lora-scale", "0,0.5,1.0", *QUICK)
+    outcome = srpo(*command)
+    rows = rows_of(outcome)
+    made = [(row["label"], row["lora_scale"], row["prompt"]) for row in rows]
+    assert made == [
+        (f"scale-{name}", scale, p) for name, scale in (("0", 0), ("0.5", 0.5), ("1", 1)) for p in (RED, BLUE)
+    ]
+    assert all(Path(row["file"]).parent == Path("samples") / row["label"] for row in rows)
+    assert "samples/compare.png" in outcome.stderr
+    base = rows_of(srpo("sample", RED, BLUE, "--model", "miniature", "--output", "base", *QUICK))
+    assert all((pixels(row["file"]) == pixels(plain["file"])).all() for row, plain in zip(rows[:2], base, strict=True))
+    sheet = pixels("samples/compare.png")
+    left = sheet.shape[1] - 2 * 148 - 4  # as for models: two columns, a row for each scale
+    for i, row in enumerate(rows):
+        y, x = 4 + i // 2 * 148, left + 4 + i % 2 * 148
+        assert (sheet[y : y + 144 : 3, x : x + 144 : 3] == pixels(row["file"])).all()
+
+
+@pytest.mark.parametrize("place", ["run", "checkpoint"])
+def test_of_a_run_the_lora_is_scaled_and_not_what_it_was_trained_on(srpo, tuned, lora, elsewhere, place):
+    beneath = tuned / "checkpoints" / "step-000002" / "transformer"
+    flags = {"model.name": "miniature", "model.weights": str(beneath), "train.mode": "lora"}
+    checkpoint = elsewhere / "run" / "checkpoints" / "step-000004"
+    (checkpoint / "transformer").mkdir(parents=True)
+    shutil.copy(lora, checkpoint / "transformer")
+    (checkpoint / "state.json").write_text('{"step": 4}')
+    (elsewhere / "run" / "config.yaml").write_text(dump_yaml(load_train_config("realism", flags=flags, miniature=True)))
+    model = elsewhere / "run" if place == "run" else checkpoint
+    (nothing,) = rows_of(srpo("sample", RED, "--model", model, "--lora-scale", 0, *QUICK))
+    (whole,) = rows_of(srpo("sample", RED, "--model", model, *QUICK))
+    (alone,) = rows_of(srpo("sample", RED, "--model", tuned, *QUICK))
+    assert (pixels(nothing["file"]) == pixels(alone["file"])).all()
+    assert np.abs(pixels(whole["file"]) - pixels(alone["file"])).max() > 8
+
+
 # --- what it refuses ----------------------------------------------------------------------------------------------
 
 
@@ -293,6 +339,16 @@ def refusal(outcome, exit_code: int) -> str:
         ((RED, "--model", "runs/nope"), "runs/nope does not exist"),
         ((RED, "--model", "nope.safetensors"), "nope.safetensors does not exist"),
         ((RED, "--model", "runs"), "runs is no run, checkpoint, pipeline, transformer or LoRA"),
+        ((RED, "--lora-scale", "-0.5"), "--lora-scale -0.5: give numbers from 0 to 10"),
+        ((RED, "--lora-scale", "nan"), "--lora-scale nan: give numbers"),
+        ((RED, "--lora-scale", "inf"), "--lora-scale inf: give numbers"),
+        ((RED, "--lora-scale", "10.5"), "--lora-scale 10.5: give numbers"),
+        ((RED, "--lora-scale", "1,-0.5"), "--lora-scale 1,-0.5: give numbers"),
+        ((RED, "--lora-scale", "0,,1"), "--lora-scale 0,,1: give numbers"),
+        ((RED, "--lora-scale", ""), "as in 0.5 or 0,0.5,1"),
+        ((RED, "--lora-scale", "0.5"), "lora scale 0.5: miniature has no LoRA to scale"),
+        ((RED, "--lora-scale", "1"), "lora scale 1: miniature has no LoRA to scale"),
+        ((RED, "--lora-scale", "1,2", "--compare", "miniature", "--compare", "b=x"), "cannot be used together"),
         ((RED, "--output", "empty.txt"), "cannot write to empty.txt"),
         ((RED, "--output", "empty.txt/below"), "choose another --output"),
     ],
@@ -306,6 +362,12 @@ def test_bad_input_is_one_line_and_exit_code_2(srpo, elsewhere, arguments, messa
 
 def test_a_base_that_is_not_needed_is_refused(srpo, tuned):
     assert "of no use" in refusal(srpo("sample", RED, "--model", tuned, "--base", "flux.1-dev"), 2)
+
+
+def test_a_fine_tune_of_all_weights_has_no_lora_to_scale(srpo, tuned, elsewhere):
+    line = refusal(srpo("sample", RED, "--model", tuned, "--lora-scale", "0,1"), 2)
+    assert "step-000002/transformer has no LoRA to scale" in line and "srpo export RUN --format extract" in line
+    assert not (elsewhere / "samples").exists()
 
 
 def test_a_run_without_a_checkpoint_is_refused(srpo, tuned, elsewhere):

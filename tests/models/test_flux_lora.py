@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from srpo_cli.errors import SrpoError, UsageError
@@ -158,6 +159,89 @@ def test_folded_in_it_draws_the_same_and_everything_is_trained(flux: Flux) -> No
     assert [name for name, _ in flux.transformer.named_parameters()] == names
     assert len(flux.trainable_parameters()) == len(names)
     assert added.keys() <= set(names)
+
+
+# --- more or less of it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["model", "float8", "int8", "nf4"])
+def test_at_scale_0_it_adds_nothing_and_at_1_what_was_trained_to_the_bit(pipeline_folder: Path, base: str) -> None:
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = load_flux(str(pipeline_folder), base=base)
+    plain = velocity(model)
+    model.add_lora(2, alpha=4, seed=1)
+    shake(model)
+    trained = velocity(model)
+    drawn = []
+    for scale in (0.5, 0, 2, 1):  # each counts from what was trained, not from the one before
+        model.scale_lora(scale)
+        drawn.append(velocity(model))
+    half, nothing, double, whole = drawn
+    assert torch.equal(nothing, plain) and torch.equal(whole, trained)
+    moved = [(out - plain).norm() for out in (half, trained, double)]
+    assert 0 < moved[0] < moved[1] < moved[2]
+
+
+def stored_lora(folder: Path, layout: str) -> tuple[Path, float]:
+    """A LoRA file of rank 4 beside one layer, and what its layout says of its scale at strength 1."""
+    down, up = torch.randn(4, 32, generator=seeded(1)), torch.randn(32, 4, generator=seeded(2))
+    if layout == "kohya, alpha 1":
+        name = "lora_unet_double_blocks_0_img_attn_proj"
+        state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+        save_file(state, folder / "lora.safetensors")
+        return folder / "lora.safetensors", 1 / 4
+    layer = "transformer_blocks.0.attn.to_out.0"
+    state = {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=[layer], use_rslora=layout == "peft, rslora").to_dict()
+    config = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    save_file(state, folder / "lora.safetensors", {"lora_adapter_metadata": json.dumps(config), "format": "pt"})
+    return folder / "lora.safetensors", 6 / 2 if layout == "peft, rslora" else 6 / 4
+
+
+@pytest.mark.parametrize("scale", [0, 0.3, 1, 1.7])
+@pytest.mark.parametrize("layout", ["kohya, alpha 1", "peft", "peft, rslora"])
+def test_folded_in_at_a_scale_the_weights_are_base_plus_scale_times_lora_as_the_pipeline_folds_it(
+    pipeline_folder: Path, tmp_path: Path, layout: str, scale: float
+) -> None:
+    file, own = stored_lora(tmp_path, layout)
+    model = load_flux(str(pipeline_folder), weights=file)
+    model.scale_lora(scale)
+    model.fuse_lora()
+    expected = FluxTransformer2DModel.from_pretrained(pipeline_folder / "transformer").state_dict()
+    down, up = torch.randn(4, 32, generator=seeded(1)), torch.randn(32, 4, generator=seeded(2))
+    expected["transformer_blocks.0.attn.to_out.0.weight"] += scale * own * (up @ down)
+    torch.testing.assert_close(model.transformer.state_dict(), expected)
+
+    pipeline = FluxPipeline.from_pretrained(pipeline_folder)
+    pipeline.load_lora_weights(file)
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(pipeline.transformer.state_dict(), expected)
+
+
+def test_a_transformer_beneath_it_stays_whole(pipeline_folder: Path, tmp_path: Path) -> None:
+    tuned = load_flux(str(pipeline_folder))
+    with torch.no_grad():
+        for parameter in tuned.transformer.parameters():
+            parameter.mul_(1.1)
+    tuned.save_weights(tmp_path / "tuned")
+    expected = velocity(tuned)
+    assert not torch.allclose(velocity(load_flux(str(pipeline_folder))), expected, atol=1e-3)
+    file, _ = stored_lora(tmp_path, "peft")
+    model = load_flux(str(pipeline_folder), weights=[tmp_path / "tuned", file])
+    assert not torch.allclose(velocity(model), expected, atol=1e-3)
+    model.scale_lora(0)
+    assert torch.equal(velocity(model), expected)
+
+
+def test_a_scaled_one_is_saved_as_it_was_trained(flux: Flux, pipeline_folder: Path, tmp_path: Path) -> None:
+    flux.add_lora(2, alpha=4, seed=1)
+    shake(flux)
+    trained = velocity(flux)
+    flux.scale_lora(0.5)
+    flux.save_weights(tmp_path)
+    assert torch.equal(velocity(load_flux(str(pipeline_folder), weights=tmp_path)), trained)
 
 
 # --- other people's files ---------------------------------------------------------------------------------
