@@ -47,6 +47,9 @@ class Rollout:
         prompts: B prompts, without control words.
         conditioning: the model's encoding of the prompts.
         size: height and width of the pictures, px.
+        sigmas, path: levels of the sampler, (steps + 1,) decreasing, and the latents at each of them, (steps + 1, B,
+            ...); the last ones are ``x_0``. None where no method asked for them.
+        advantages: of each picture over the others of its group, (B,); None without groups.
     """
 
     x_0: Tensor
@@ -54,6 +57,9 @@ class Rollout:
     prompts: Sequence[str]
     conditioning: Any
     size: tuple[int, int]
+    sigmas: Tensor | None = None
+    path: Tensor | None = None
+    advantages: Tensor | None = None
 
     def repeat(self, count: int) -> Rollout:
         """All samples ``count`` times over, one whole batch after the other."""

@@ -19,11 +19,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from srpo_cli.algorithms.base import ControlWords, Generators, ImageTransform, Model, Reward, Rollout
-from srpo_cli.core.curves import hinge, linear_curve
-from srpo_cli.core.recover import add_noise, recover
+from srpo_cli.algorithms.base import ControlWords, Generators, ImageTransform, Model, Reward
+from srpo_cli.algorithms.direct_align import DirectAlign
+from srpo_cli.algorithms.judging import Verdict
+from srpo_cli.core.curves import linear_curve
 from srpo_cli.core.relative import Branch, WordWeights, branch_weights, relative_reward, swapped, upstream
-from srpo_cli.core.schedule import expand_to, shifted_sigmas, truncate_to_clock
+from srpo_cli.core.schedule import shifted_sigmas, truncate_to_clock
 from srpo_cli.errors import UsageError
 
 BRANCHES: tuple[Branch, ...] = ("denoise", "invert")
@@ -217,36 +218,12 @@ class ReferenceDraws(Draws):
         return Injection(branch, sigma, truncate_to_clock(sigma), sigma_recover, *expanded)
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What one branch computed, detached; (B, ...) tensors in the order in which they came to be.
-
-    ``loss`` is per sample, after sample weights and before the batch mean and ``scale``; ``x_0_hat_grad`` is
-    the gradient of the scaled loss, the one tensor that the transformer's backward pass starts from.
-    """
-
-    branch: Branch
-    x_t: Tensor
-    model_out: Tensor
-    x_0_hat: Tensor
-    images: Tensor
-    r_positive: Tensor
-    r_negative: Tensor
-    reward: Tensor
-    loss: Tensor
-    x_0_hat_grad: Tensor
-
-
-class SRPO:
-    """Accumulates SRPO's gradients into a model.
+class SRPO(DirectAlign):
+    """Accumulates SRPO's gradients into a model: Direct-Align both ways, under the two words as each draw weighs them.
 
     Args:
-        model: the family that is trained.
-        reward: any reward that compares pictures with texts.
-        control_words: the words whose difference is the direction of the training.
-        guidance: distilled guidance of the training forward.
-        hinge: margin of the loss, see :func:`srpo_cli.core.curves.hinge`; None for the plain negative reward.
-        augment: random change of the pictures before the reward sees them; None for none.
+        model, reward, control_words, guidance, hinge, augment: as for
+            :class:`srpo_cli.algorithms.judging.DirectMethod`; the reward has to compare pictures with texts.
     """
 
     def __init__(
@@ -259,116 +236,12 @@ class SRPO:
         hinge: float | None = None,
         augment: ImageTransform | None = None,
     ) -> None:
-        self.model = model
-        self.reward = reward
-        self.control_words = control_words
-        self.guidance = guidance
-        self.hinge = hinge
-        self.augment = augment
+        super().__init__(model, reward, control_words, guidance=guidance, hinge=hinge, augment=augment)
 
-    def backward(
-        self,
-        rollout: Rollout,
-        injections: Sequence[Injection],
-        step: int,
-        *,
-        weights: Tensor | None = None,
-        scale: float | None = None,
-        generator: Generators = None,
-        batched: bool = False,
-    ) -> dict[str, Tensor]:
-        """Add the gradient of one or more branches to the model's parameters.
-
-        Args:
-            rollout: B samples.
-            injections: the branches to run, in order; usually one pair of draws.
-            step: number of the step, which picks the control words.
-            weights: loss weight per sample, (B,); 1 if not given. See
-                :meth:`srpo_cli.core.target.Target.weights`.
-            scale: factor on each branch's mean loss; ``1 / len(injections)`` if not given.
-            generator: of the augmentation.
-            batched: all branches in one pass of the model, which changes the order of sums and nothing else.
-
-        Returns scalars on the model's device: the loss summed over branches, and by branch the mean loss (scaled),
-        reward and gap (reward of the positive text minus that of the negative).
-        """
-        scale = 1 / len(injections) if scale is None else scale
-        passes = [injections] if batched else [[injection] for injection in injections]
-        options = {"weights": weights, "scale": scale, "generator": generator}
-        traces = [trace for group in passes for trace in self.backward_pass(rollout, group, step, **options)]
-        metrics: dict[str, Tensor] = {"loss": sum(scale * trace.loss.mean() for trace in traces)}
-        for trace in traces:
-            metrics[f"{trace.branch}/loss"] = scale * trace.loss.mean()
-            metrics[f"{trace.branch}/reward"] = trace.reward.mean()
-            metrics[f"{trace.branch}/gap"] = (trace.r_positive - trace.r_negative).mean()
-        return metrics
-
-    def backward_pass(
-        self,
-        rollout: Rollout,
-        injections: Sequence[Injection],
-        step: int,
-        *,
-        weights: Tensor | None = None,
-        scale: float = 1.0,
-        generator: Generators = None,
-    ) -> list[Trace]:
-        """:meth:`backward` for the branches of one pass of the model, with all that was computed for each.
-
-        The graph is cut at ``x_0_hat``: picture and reward are differentiated first and their graph freed,
-        then the transformer is, once. The gradient is exact, and what a checkpointed transformer recomputes
-        for its backward pass never shares the memory with the graph of VAE and reward.
-        """
-        count = len(injections)
-        repeated, injection = rollout.repeat(count), Injection.join(injections).to(rollout.x_0.device)
-        x_0, eps = repeated.x_0.detach(), repeated.eps.detach()
-        sigma, delta_sigma = expand_to(injection.sigma, x_0), expand_to(injection.delta_sigma, x_0)
-        x_t = add_noise(x_0, eps, sigma)
-        model_out = self.model.velocity(x_t, injection.sigma_model, repeated.conditioning, self.guidance, rollout.size)
-        x_0_hat = recover(x_t, eps, model_out, sigma, delta_sigma)
-
-        leaf = x_0_hat.detach().requires_grad_()
-        images = self.model.decode(leaf, rollout.size)
-        words = self.control_words.at(step)
-        generators = generator if generator is None or isinstance(generator, torch.Generator) else [*generator] * count
-        r_positive, r_negative = self._scores(images, repeated.prompts, words, generators)
-        reward = relative_reward(r_positive, r_negative, injection.word_weights)
-        loss = hinge(reward, self.hinge)
-        if weights is not None:
-            loss = weights.to(loss).repeat(count) * loss
-        (scale * count * loss.mean()).backward(inputs=leaf)
-        x_0_hat.backward(leaf.grad)
-
-        computed = (x_t, model_out, leaf, images, r_positive, r_negative, reward, loss, leaf.grad)
-        by_branch = zip(*(tensor.detach().chunk(count) for tensor in computed), strict=True)
-        return [Trace(one.branch, *tensors) for one, tensors in zip(injections, by_branch, strict=True)]
-
-    @torch.no_grad()
-    def gap(self, images: Tensor, prompts: Sequence[str], *, generator: Generators = None) -> Tensor:
-        """Semantic gap of decoded pictures, over all control words so that every step measures the same.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1].
-            prompts: B prompts, without control words.
-            generator: of the augmentation, which the pictures go through as in training.
-
-        Returns the mean reward for the positive texts minus that for the negative ones, (B,).
-        """
-        return self.control_words.gap(self._scores(images, prompts, self.control_words.all, generator))
-
-    @torch.no_grad()
-    def measure(self, images: Tensor, prompts: Sequence[str], *, generator: Generators = None) -> tuple[Tensor, Tensor]:
-        """Plain reward of decoded pictures as they are, and :meth:`gap`, (B,) each; one look where it serves both."""
-        if self.augment:
-            return self.reward.scores(images, prompts)[0], self.gap(images, prompts, generator=generator)
-        words = self.control_words
-        plain, *terms = self.reward.scores(images, prompts, *(words.texts(word, prompts) for word in words.all))
-        return plain, words.gap(terms)
-
-    def _scores(
-        self, images: Tensor, prompts: Sequence[str], words: Sequence[str], generator: Generators
-    ) -> tuple[Tensor, ...]:
-        """Reward (B,) of the pictures, augmented once, for each word put to their prompts."""
-        if self.augment:
-            images = self.augment(images, generator)
-        return self.reward.scores(images, *(self.control_words.texts(word, prompts) for word in words))
+    def verdict(
+        self, images: Tensor, prompts: Sequence[str], step: int, draws: Sequence[Injection], generator: Generators
+    ) -> Verdict:
+        """The reward in each draw's mixture of the step's words, and the gap between the words."""
+        r_positive, r_negative = self._scores(images, prompts, self.control_words.at(step), generator)
+        weights = Injection.join(draws).to(images.device).word_weights
+        return Verdict(relative_reward(r_positive, r_negative, weights), r_positive - r_negative)
