@@ -1,0 +1,1 @@
+"""The human study: blind pictures, raters, grades, and what these say."""
