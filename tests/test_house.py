@@ -26,6 +26,8 @@ MAY_IMPORT = {  # room or file -> what of ours it may import beside itself; with
     "miniature/oracle": {"core", "metrics", "models", "rewards", *LEAVES},
     "miniature/measure": {"core", "metrics", "models", "rewards", *LEAVES},
     "runtime": {"core", "config", "miniature", *LEAVES},  # its weights for the doctor, its prompts
+    "pages": {"metrics", *LEAVES},
+    "study": {"metrics", "runtime", "config", "pages", "__version__", *LEAVES},
     "recipes": {
         "algorithms",
         "models",
@@ -33,12 +35,13 @@ MAY_IMPORT = {  # room or file -> what of ours it may import beside itself; with
         "metrics",
         "runtime",
         "miniature",
+        "pages",
         "core",
         "config",
         "__version__",
         *LEAVES,
     },
-    "cli": {"recipes", "runtime", "config", "__version__", *LEAVES},
+    "cli": {"recipes", "study", "pages", "runtime", "config", "__version__", *LEAVES},
 }
 LIGHT = ("__init__", "__main__", "errors", "registry", "trust", "config", "cli")
 HEAVY = {

@@ -1,10 +1,13 @@
 """README.md says what is run: its first two commands are CI's, and it knows every command and preset."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
+from srpo_cli.cli.app import app
 from srpo_cli.config.load import preset_names
 
 ROOT = Path(__file__).parents[1]
@@ -21,10 +24,15 @@ def test_it_opens_with_two_commands_and_ci_runs_both():
     assert test in lines
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["train", "sample", "score", "recover", "export", "presets list", "presets show", "presets copy", "doctor"],
-)
+def commands(app: typer.Typer, above: str = "") -> Iterator[str]:
+    """Every command of the tree, by its whole name."""
+    for command in app.registered_commands:
+        yield f"{above}{command.name or command.callback.__name__}"
+    for group in app.registered_groups:
+        yield from commands(group.typer_instance, f"{above}{group.name} ")
+
+
+@pytest.mark.parametrize("command", list(commands(app)))
 def test_it_shows_every_command(command):
     assert f"srpo {command}" in README
 

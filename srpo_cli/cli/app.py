@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from srpo_cli import __version__
+from srpo_cli.cli import eval as evaluation
 from srpo_cli.cli import presets
 from srpo_cli.cli.doctor import doctor
 from srpo_cli.cli.errors import one_line_errors
@@ -26,7 +27,7 @@ from srpo_cli.cli.train import train
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failed run, 2 bad usage, 3 done in part, 4 missing weights, dependency or device, "
-    "130 or 143 interrupted."
+    "5 a bound of srpo eval is missed, 130 or 143 interrupted."
 )
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command("recover", epilog=RECOVER_EXAMPLES)(recover)
 app.command("score", epilog=SCORE_EXAMPLES)(score)
 app.command("export", epilog=EXPORT_EXAMPLES)(export)
 app.command("doctor")(doctor)
+app.add_typer(evaluation.app, name="eval")
 app.add_typer(presets.app, name="presets")
 
 
@@ -74,5 +76,6 @@ def _quiet_imports() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``srpo`` with ``arguments``, the process's own where None, and leave with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     with one_line_errors():
-        sys.exit(app(args=arguments, prog_name="srpo", standalone_mode=False))
+        sys.exit(app(args=evaluation.with_run(given), prog_name="srpo", standalone_mode=False))

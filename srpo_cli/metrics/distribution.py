@@ -40,7 +40,8 @@ def frechet_distance(reference: Tensor, features: Tensor) -> float:
     UsageError for fewer.
     """
     _check_count("fid", 2, reference, features)
-    metric = FrechetInceptionDistance(feature=_AsGiven(features.shape[1]))
+    # Whoever calls has gathered the features of all ranks; torchmetrics would add them up once more.
+    metric = FrechetInceptionDistance(feature=_AsGiven(features.shape[1]), sync_on_compute=False)
     for rows, real in ((reference, True), (features, False)):
         for part in rows.cpu().split(_ROWS):
             metric.update(part.double(), real=real)
@@ -57,7 +58,9 @@ def kernel_distance(reference: Tensor, features: Tensor, seed: int = 0) -> Sprea
     size = subset_size(len(reference), len(features))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that features are kept in memory, where they are already
-        metric = KernelInceptionDistance(feature=_AsGiven(features.shape[1]), subsets=_SUBSETS, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_AsGiven(features.shape[1]), subsets=_SUBSETS, subset_size=size, sync_on_compute=False
+        )
     metric.update(reference.cpu().double(), real=True)
     metric.update(features.cpu().double(), real=False)
     with torch.random.fork_rng(devices=[]):  # the subsets are drawn from torch's own generator

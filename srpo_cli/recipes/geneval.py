@@ -22,7 +22,7 @@ from srpo_cli.metrics.geneval import (
     mistakes,
     sort_objects,
 )
-from srpo_cli.recipes.judges import Announce, How, JudgePlan, Picture
+from srpo_cli.recipes.judges import Announce, How, JudgePlan, Picture, headings_of
 from srpo_cli.recipes.parts import load_reward
 from srpo_cli.recipes.score import to_images
 from srpo_cli.registry import GENEVAL_COLOURS
@@ -107,4 +107,4 @@ def plan_geneval(metrics: tuple[str, ...], _reward: str, how: How) -> JudgePlan:
         clip = load_reward(GENEVAL_COLOURS, how.weights.get(GENEVAL_COLOURS), device, how.dtype, announce)
         return GenEvalJudge(detector, clip)
 
-    return JudgePlan(GenEvalJudge.name, metrics, make, check=check_items)
+    return JudgePlan(GenEvalJudge.name, metrics, make, headings_of(GenEvalJudge.measures), check=check_items)

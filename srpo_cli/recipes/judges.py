@@ -7,7 +7,7 @@ then one judge at a time is loaded, looks at the pictures of all models, and is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.config.benchmark import Benchmark
+from srpo_cli.config.load import MINIATURE
 from srpo_cli.errors import MissingError, SrpoError, UsageError
 from srpo_cli.metrics.aggregate import Measure, hundredfold, mean, mean_absolute
 from srpo_cli.metrics.distribution import frechet_distance, kernel_distance
@@ -117,6 +118,7 @@ class JudgePlan:
         name: of the judge; no other plan of a benchmark has it.
         metrics: as they were asked for.
         make: loads it onto a device; told about downloads before they start (None: nothing is downloaded).
+        headings: by the name of each measure that it will make, the measure's title.
         of_set: whether it makes a :class:`SetJudge`.
         check: UsageError for prompts that it cannot judge.
     """
@@ -124,6 +126,7 @@ class JudgePlan:
     name: str
     metrics: tuple[str, ...]
     make: Callable[[torch.device, Announce | None], Judge | SetJudge]
+    headings: Mapping[str, str]
     of_set: bool = False
     check: Callable[[Sequence[Item]], None] = _fits_all
 
@@ -157,6 +160,11 @@ class How:
     def reward(self, name: str, device: torch.device, announce: Announce | None) -> Reward:
         """The named reward behind the preprocessing."""
         return load_reward(name, self.weights.get(name), device, self.dtype, announce).via(self.preprocess)
+
+
+def headings_of(measures: Iterable[Measure]) -> dict[str, str]:
+    """Titles of measures by their names."""
+    return {measure.name: measure.title for measure in measures}
 
 
 def plan_judges(
@@ -266,7 +274,8 @@ def plan_reward(metrics: tuple[str, ...], reward: str, how: How) -> JudgePlan:
             _refuse_words(reward)
         return RewardJudge(reward, loaded, "reward" in kinds, words)
 
-    return JudgePlan(reward, metrics, make)
+    plain = [_reward_measure(reward, unit="")] if "reward" in kinds else []
+    return JudgePlan(reward, metrics, make, headings_of([*plain, *(_gap_measures(reward) if words else [])]))
 
 
 def _refuse_words(reward: str) -> None:
@@ -290,7 +299,8 @@ def _reward_measure(reward: str, unit: str) -> Measure:
     note = (
         f"cosine with {reward.removeprefix('clip:')}; often printed times 100" if reward.startswith("clip:") else unit
     )
-    return Measure(reward, _title(reward), (reward,), digits=_COSINE_DIGITS if unit == "cosine" else _DIGITS, note=note)
+    title = "plain reward" if reward == MINIATURE else _title(reward)  # a model has that name too
+    return Measure(reward, title, (reward,), digits=_COSINE_DIGITS if unit == "cosine" else _DIGITS, note=note)
 
 
 def _gap_measures(reward: str) -> list[Measure]:
@@ -352,7 +362,8 @@ class StatisticsJudge:
 
 def plan_statistics(metrics: tuple[str, ...], _reward: str, _how: How) -> JudgePlan:
     """The judge of pixels."""
-    return JudgePlan(StatisticsJudge.name, metrics, lambda device, _announce: StatisticsJudge(device))
+    headings = headings_of(StatisticsJudge.measures)
+    return JudgePlan(StatisticsJudge.name, metrics, lambda device, _announce: StatisticsJudge(device), headings)
 
 
 # --- the miniature's oracle ---------------------------------------------------------------------------------------
@@ -458,10 +469,14 @@ def plan_oracle(metrics: tuple[str, ...], _reward: str, _how: How) -> JudgePlan:
 
         return OracleJudge(Oracle.load(), round_trip)
 
-    return JudgePlan(OracleJudge.name, metrics, make, check=check_world)
+    return JudgePlan(OracleJudge.name, metrics, make, headings_of(OracleJudge.measures), check=check_world)
 
 
 # --- diversity ----------------------------------------------------------------------------------------------------
+
+
+def _diversity_title(reward: str) -> str:
+    return f"diversity ({_title(reward)})"
 
 
 class DiversityJudge:
@@ -479,7 +494,7 @@ class DiversityJudge:
         self.columns = (self.name,)
         self.record: dict[str, Any] = {"weights": reward.weights, "preprocess": reward.preprocess.mode}
         note = f"mean cosine distance between the {images} pictures of a prompt"
-        self.measures = (Measure(self.name, f"diversity ({_title(reward_name)})", self.columns, digits=4, note=note),)
+        self.measures = (Measure(self.name, _diversity_title(reward_name), self.columns, digits=4, note=note),)
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
@@ -506,7 +521,7 @@ def plan_diversity(metrics: tuple[str, ...], reward: str, how: How) -> JudgePlan
     def make(device: torch.device, announce: Announce | None) -> DiversityJudge:
         return DiversityJudge(reward, how.reward(reward, device, announce), images)
 
-    return JudgePlan(metrics[0], metrics, make)
+    return JudgePlan(metrics[0], metrics, make, {metrics[0]: _diversity_title(reward)})
 
 
 def _check_features(metric: str, reward: str) -> None:
@@ -615,7 +630,15 @@ def plan_distances(metrics: tuple[str, ...], reward: str, how: How) -> JudgePlan
         features, record = _features_of(reward, how, device, announce)
         return DistanceJudge(metrics[0], kinds, f":{reward}" if reward else "", features, reference, record)
 
-    return JudgePlan(metrics[0], metrics, make, of_set=True)
+    def check(items: Sequence[Item]) -> None:
+        pictures, least = len(items) * how.benchmark.images_per_prompt, 4 if "kid" in kinds else 2
+        if pictures < least:
+            raise UsageError(
+                f"{metrics[0]} needs {least} pictures or more, and there are {pictures}: take more prompts"
+            )
+
+    headings = headings_of(_distance_measures(kinds, f":{reward}" if reward else ""))
+    return JudgePlan(metrics[0], metrics, make, headings, of_set=True, check=check)
 
 
 def _features_of(

@@ -25,7 +25,9 @@ from srpo_cli.trust import check_trusted
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "huggingface_hub", "open_clip_torch")
 EXTRAS = {
     "bitsandbytes": "for memory.adam=8bit and lora.base=nf4",
-    "pyarrow": "for prompts in parquet files",
+    "starlette": "for srpo eval rate serve, with uvicorn",
+    "krippendorff": "for srpo eval rate analyze, with choix",
+    "torch-fidelity": "for fid and kid",
 }
 """Packages that only some settings need."""
 

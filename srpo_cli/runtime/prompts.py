@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from srpo_cli.errors import MissingError, UsageError, one_line
+from srpo_cli.errors import UsageError, one_line
 
 
 def read_prompts(source: str) -> list[str]:
@@ -46,11 +46,9 @@ def _some(found: Iterable[str], name: str) -> list[str]:
 
 
 def _read_parquet(source: str) -> Iterable[str]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise MissingError(f"{source} needs pyarrow to be read: pip install pyarrow") from error
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     try:
         with ParquetFile(source) as file:
             if "prompt" not in file.schema_arrow.names:

@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from pandas.testing import assert_frame_equal
 
 from srpo_cli.miniature.world import PHOTO, draw_scenes_of, render
 from srpo_cli.runtime.pictures import save_png
@@ -126,7 +128,9 @@ def test_a_mistake_in_the_command_is_told_before_anything_is_started(srpo):
     assert outcome.stderr.startswith("error: Unknown preset 'nope'") and outcome.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["train --preset realism", "sample x", "score presets"])
+@pytest.mark.parametrize(
+    "command", ["train --preset realism", "sample x", "score presets", "eval miniature -b miniature"]
+)
 def test_nodes_need_a_place_to_meet(srpo, command):
     outcome = srpo(*command.split(), "--nodes", "2")
     assert outcome.exit_code == 2
@@ -181,6 +185,72 @@ def test_a_reward_that_is_missing_is_told_once(tmp_path):
     assert (exit_code, stdout) == (4, "")
     (error,) = errors(stderr)
     assert "hf download xswu/HPSv2" in error
+
+
+# --- eval ---------------------------------------------------------------------------------------------------------
+
+METRICS = (
+    "oracle",
+    "miniature",
+    "sgp:miniature",
+    "statistics",
+    "diversity:miniature",
+    "fid:miniature",
+    "kid:miniature",
+)
+EVAL = ("eval", "miniature", "-b", "miniature", "--limit", 9, "-n", 2, "-o", "out", "--batch-size", 6)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does_and_go_on_with_what_is_missing(tmp_path):
+    (tmp_path / "real").mkdir()
+    for i, picture in enumerate(render(draw_scenes_of(PROMPTS * 2, PHOTO, 0))):
+        save_png(picture, tmp_path / "real" / f"{i}.png", {})
+    judged = [part for name in (*METRICS, "pickscore") for part in ("--metric", name)]
+    given = (*EVAL, *judged, "--reference", tmp_path / "real")
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, more in zip(folders, ((), ("--gpus", 2)), strict=True):
+        folder.mkdir()
+        exit_code, stdout, stderr = run(*given, *more, "--fail-under", "pickscore=1", folder=folder)
+        assert (exit_code, errors(stderr)) == (5, [])
+        assert stdout.count("photo distance") == 2
+        told = [
+            "miniature: 18 pictures",
+            "left out: pickscore: ",
+            "report: out/report.html",
+            "--fail-under pickscore=1:",
+        ]
+        assert [stderr.count(part) for part in told] == [1, 1, 1, 1]
+    assert results(folders[1]) == results(folders[0])
+    tables = [pd.read_parquet(folder / "out" / "images.parquet") for folder in folders]
+    assert_frame_equal(tables[1], tables[0], check_exact=True)
+    assert len(tables[1]) == 18
+
+    drawn = sorted((folders[1] / "out" / "pictures" / "miniature").glob("*-seed*.png"))
+    scores = next((folders[1] / "out" / "scores" / "miniature").glob("oracle*"))
+    for path in (*drawn, scores):
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in scores.parent.iterdir()}
+    assert run(*given, "--gpus", 2, folder=folders[1])[0] == 3
+    assert results(folders[1]) == results(folders[0])
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and len(kept) == 4
+
+
+def results(folder: Path) -> dict:
+    """What a result says, without what no two calls share."""
+    data = json.loads((folder / "out" / "results.json").read_text())
+    return {key: value for key, value in data.items() if key not in ("cost", "environment")}
+
+
+@pytest.mark.slow
+def test_what_a_benchmark_cannot_do_is_told_once(tmp_path):
+    exit_code, stdout, stderr = run(*EVAL, "--style", "photo", "--gpus", 2, folder=tmp_path)
+    assert (exit_code, stdout) == (2, "")
+    (error,) = errors(stderr)
+    assert "there is no group 'photo'" in error
+
+
+# --- what cannot be shared out ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """Prompts from files and standard input, and what is said of files that hold none."""
 
 import io
-import sys
 
 import pandas as pd
 import pytest
 
-from srpo_cli.errors import MissingError, UsageError
+from srpo_cli.errors import UsageError
 from srpo_cli.runtime.prompts import read_prompts
 
 
@@ -71,7 +70,6 @@ def test_bytes_that_are_no_text_are_one_line(tmp_path, monkeypatch):
 
 
 def test_a_parquet_file_gives_its_prompt_column(tmp_path):
-    pytest.importorskip("pyarrow")
     file = tmp_path / "p.parquet"
     pd.DataFrame({"id": [1, 2, 3], "prompt": ["a red sphere", None, " a blue cone "]}).to_parquet(file)
     assert read_prompts(str(file)) == ["a red sphere", "a blue cone"]
@@ -86,7 +84,6 @@ def test_a_parquet_file_gives_its_prompt_column(tmp_path):
     ],
 )
 def test_a_parquet_file_without_prompts_is_one_line(tmp_path, columns, message):
-    pytest.importorskip("pyarrow")
     file = tmp_path / "p.parquet"
     pd.DataFrame(columns).to_parquet(file)
     with pytest.raises(UsageError, match=message):
@@ -94,16 +91,9 @@ def test_a_parquet_file_without_prompts_is_one_line(tmp_path, columns, message):
 
 
 def test_a_file_that_is_not_parquet_or_not_there_is_one_line(tmp_path):
-    pytest.importorskip("pyarrow")
     (tmp_path / "p.parquet").write_text("a red sphere")
     with pytest.raises(UsageError, match="is not Parquet") as failure:
         read_prompts(str(tmp_path / "p.parquet"))
     assert "\n" not in str(failure.value)
     with pytest.raises(UsageError, match=r"cannot read prompts from .*nope"):
         read_prompts(str(tmp_path / "nope.parquet"))
-
-
-def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingError, match="pip install pyarrow"):
-        read_prompts(str(tmp_path / "p.parquet"))
