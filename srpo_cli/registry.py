@@ -154,7 +154,18 @@ REWARDS = Registry(
     plugin_loader="srpo_cli.rewards.plugins:load_plugin",
 )
 
-ALGORITHMS = Registry("algorithm", {"srpo": "srpo_cli.algorithms.srpo:SRPO"})
+ALGORITHMS = Registry(
+    "algorithm",
+    {
+        "srpo": "srpo_cli.recipes.methods:srpo",
+        "direct-align": "srpo_cli.recipes.methods:direct_align",
+        "refl": "srpo_cli.recipes.methods:refl",
+        "draft": "srpo_cli.recipes.methods:draft",
+        "alignprop": "srpo_cli.recipes.methods:alignprop",
+        "dance-grpo": "srpo_cli.recipes.methods:dance_grpo",
+        "flow-grpo": "srpo_cli.recipes.methods:flow_grpo",
+    },
+)
 
 METRICS = Registry(
     "metric",
@@ -210,10 +221,11 @@ def weights_of(metrics: Iterable[str]) -> list[str]:
     return [*rewards_of(metrics), *dict.fromkeys(needed[name] for name in metrics if name in needed)]
 
 
-def check_parts(model: str, reward: str, algorithm: str) -> None:
+def check_parts(model: str, rewards: Iterable[str], algorithm: str) -> None:
     """Raise ``UsageError`` for the first name that stands for nothing; imports none of them."""
     MODELS.find(model)
-    REWARDS.find(reward)
+    for reward in rewards:
+        REWARDS.find(reward)
     ALGORITHMS.find(algorithm)
 
 

@@ -1,8 +1,9 @@
 """AlignProp (arXiv:2310.03739): the reward's gradient through the whole sampler, truncated at random.
 
-At every step i of the sampler a number K_i is drawn, and the velocity is a constant there if i < K_i. As each step has
-a draw of its own, late steps keep their gradient more often than early ones, linearly so. Only velocities are cut: the
-latents stay connected, so that what a kept step did to them reaches the reward through all later steps.
+At every step i of the sampler a number K_i is drawn, and the velocity is a constant there if i < K_i: the one that the
+rollout had, whatever else is in its batch. As each step has a draw of its own, late steps keep their gradient more
+often than early ones, linearly so. Only velocities are cut: the latents stay connected, so that what a kept step did to
+them reaches the reward through all later steps.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from srpo_cli.algorithms.base import Rollout
-from srpo_cli.algorithms.judging import DirectMethod, Velocity
+from srpo_cli.algorithms.judging import DirectMethod
 from srpo_cli.core.sampling import euler_sample
 from srpo_cli.core.schedule import expand_to
 from srpo_cli.errors import UsageError
@@ -78,10 +79,16 @@ class TruncationDraws:
 class AlignProp(DirectMethod):
     """Accumulates AlignProp's gradients into a model; the arguments are those of :class:`DirectMethod`."""
 
+    keeps_path = True
+
+    def calls(self, draw: Truncation, samples: int) -> int:
+        return samples * sum(draw.called)
+
     def predict(self, rollout: Rollout, draws: Sequence[Truncation]) -> Tensor:
         """The sampler's steps once more, from the first whose velocity any sample keeps.
 
-        Where none does, the latents move as they did in the rollout, without a call of the model.
+        The latents of a sample that does not keep it move as they did in the rollout; where none does, no model is
+        called.
         """
         path, sigmas = self._path(rollout)
         drawn = Truncation(torch.cat([draw.kept for draw in draws]))
@@ -91,21 +98,12 @@ class AlignProp(DirectMethod):
         velocity, first = self._flow(rollout, len(draws)), called.index(True)
         x = _times(path[first], len(draws))
         for step in range(first, len(called)):
+            moved = x + _times(path[step + 1] - path[step], len(draws))
             if called[step]:
-                x = euler_sample(_truncated(velocity, kept[:, step]), x, sigmas[step : step + 2])
-            else:
-                x = x + _times(path[step + 1] - path[step], len(draws))
+                own = euler_sample(velocity, x, sigmas[step : step + 2])
+                moved = torch.where(expand_to(kept[:, step], x), own, moved)
+            x = moved
         return x
-
-
-def _truncated(velocity: Velocity, kept: Tensor) -> Velocity:
-    """The same velocity, as a constant for the samples that are not ``kept``, (B,) bool."""
-
-    def partly_constant(latents: Tensor, sigma: Tensor) -> Tensor:
-        whole = velocity(latents, sigma)
-        return torch.where(expand_to(kept, whole), whole, whole.detach())
-
-    return partly_constant
 
 
 def _times(latents: Tensor, count: int) -> Tensor:

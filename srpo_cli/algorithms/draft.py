@@ -100,6 +100,11 @@ class RenoisedDraws:
 class DRaFT(DirectMethod):
     """Accumulates DRaFT's gradients into a model; the arguments are those of :class:`DirectMethod`."""
 
+    keeps_path = True
+
+    def calls(self, draw: Tail | Renoised, samples: int) -> int:
+        return samples * draw.steps
+
     def predict(self, rollout: Rollout, draws: Sequence[Tail | Renoised]) -> Tensor:
         """The sampler's own last steps from where the draws start, with the graph of all of them kept.
 

@@ -193,10 +193,13 @@ class GRPO(Judging):
         model, reward, control_words, guidance, augment, relative: as for :class:`Judging`; ``guidance`` is that of the
             sampler too, which is the policy.
         sde: the sampler's step, :func:`srpo_cli.core.sde.sde_step`.
+        group, over, advantage_clip: how pictures are compared, see :func:`advantages`.
         clip: the ratio counts within ``1 - clip`` and ``1 + clip``.
         kl: weight of the divergence from the reference, :func:`srpo_cli.core.sde.gaussian_kl`.
         reference_velocity: the velocity of the untrained model, called as the model's own; needed unless ``kl`` is 0.
     """
+
+    keeps_path = True
 
     def __init__(
         self,
@@ -206,6 +209,9 @@ class GRPO(Judging):
         *,
         guidance: float,
         sde: SdeStep,
+        group: int = 12,
+        over: Literal["group", "batch"] = "group",
+        advantage_clip: float = 5.0,
         clip: float = 1e-4,
         kl: float = 0.0,
         reference_velocity: ModelVelocity | None = None,
@@ -219,6 +225,7 @@ class GRPO(Judging):
                 "without which the model is the untrained one"
             )
         self.sde = sde
+        self.group, self.over, self.advantage_clip = group, over, advantage_clip
         self.clip = clip
         self.kl = kl
         self.reference_velocity = reference_velocity
@@ -238,6 +245,10 @@ class GRPO(Judging):
             return self.model.velocity(latents, sigma, conditioning, self.guidance, size)
 
         return sde_path(velocity, noise, sigmas.to(noise.device), self.sde, generators)
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Of all N pictures of a step, those of a group side by side, (N,); see :func:`advantages`."""
+        return advantages(rewards, self.group, self.over, self.advantage_clip)
 
     @torch.no_grad()
     def remember(

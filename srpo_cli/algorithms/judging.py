@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Judging:
         relative: train the reward for the step's positive word minus that for its negative one, the semantic-relative
             preference of arXiv:2509.06942, section 3.2; otherwise the reward for the plain prompt.
     """
+
+    keeps_path: ClassVar[bool] = False
+    """Whether rollouts have to keep the sampler's latents."""
 
     def __init__(
         self,
@@ -60,6 +63,10 @@ class Judging:
         if self.relative:
             return relative_reward(*self._scores(images, prompts, self.control_words.at(step), generator), srp())
         return self.reward.scores(self._augmented(images, generator), prompts)[0]
+
+    def calls(self, draw: Any, samples: int) -> int:
+        """Calls of the model with gradient that a draw makes for so many ``samples``, counted in samples."""
+        return samples
 
     @torch.no_grad()
     def gap(self, images: Tensor, prompts: Sequence[str], *, generator: Generators = None) -> Tensor:

@@ -62,6 +62,8 @@ class LateDraws:
 class ReFL(DirectMethod):
     """Accumulates ReFL's gradients into a model; the arguments are those of :class:`DirectMethod`."""
 
+    keeps_path = True
+
     def predict(self, rollout: Rollout, draws: Sequence[Late]) -> Tensor:
         """``x_0_hat = x - sigma * velocity`` at each sample's place on the sampler's path."""
         steps_left = torch.cat([draw.steps_left for draw in draws])

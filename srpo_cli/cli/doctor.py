@@ -104,9 +104,10 @@ def _check_parts(config: TrainConfig | None) -> list[Check]:
     checks = [check_weights("model", config.model.name)]
     if config.model.weights:  # they go into the named model
         checks.append(check_path("tuned weights", config.model.weights))
-    if config.reward.weights:  # they take the place of the named reward's own
-        plugin = check_plugin(config.reward.name)
-        checks += [*([plugin] if plugin else []), check_path("reward weights", config.reward.weights)]
-    else:
-        checks.append(check_weights("reward", config.reward.name))
+    for name, part in config.reward.parts.items():
+        if part.weights:  # they take the place of the named reward's own
+            plugin = check_plugin(name)
+            checks += [*([plugin] if plugin else []), check_path(f"weights of {name}", part.weights)]
+        else:
+            checks.append(check_weights("reward", name))
     return [*checks, check_prompts(config.prompts.source)]

@@ -117,7 +117,7 @@ def describe(plan: Plan, config: TrainConfig) -> Iterator[str]:
     yield _row("host", f"{_size(plan.host_gib)} of {_size(machine.host_memory / _GIB)}")
     yield ""
     yield _row("forwards", f"{plan.forwards_per_step:g} pictures a step and process, without a gradient")
-    yield _row("gradient passes", f"{plan.gradient_passes_per_step:g} pictures a step and process")
+    yield _row("gradient passes", f"{plan.gradient_passes_per_step:.4g} pictures a step and process")
     yield _row("work", f"{_flops(plan.flops_per_step)} a step and process")
     if plan.seconds_per_step:
         times = ", ".join(f"{seconds:g} s on {gpu}" for gpu, seconds in plan.seconds_per_step.items())

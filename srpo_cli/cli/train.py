@@ -118,7 +118,8 @@ def train(
             named_output = output is not None
             output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         if not dry_run:
-            admit_plugin(resolved.config.reward.name, trust, say)
+            for part in resolved.config.reward.parts:
+                admit_plugin(part, trust, say)
     if dry_run:
         print_dry_run(resolved, find_machine(on, gpus, nodes or 1), launch_line(typed), output_format)
         return
@@ -198,8 +199,9 @@ def _resolve(
 def _checked(resolved: Resolved, agreed: bool) -> Resolved:
     """The configuration itself; UsageError where it names a part that is unknown, or one that may not run."""
     config = resolved.config
-    check_parts(config.model.name, config.reward.name, config.algorithm.name)
-    check_plugin(config.reward.name, agreed)
+    check_parts(config.model.name, config.reward.parts, config.algorithm.name)
+    for reward in config.reward.parts:
+        check_plugin(reward, agreed)
     return resolved
 
 

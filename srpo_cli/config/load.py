@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from srpo_cli.config import dialect
-from srpo_cli.config.schema import TrainConfig
+from srpo_cli.config.schema import METHODS, POLICY_METHODS, TrainConfig
 from srpo_cli.errors import UsageError
 
 Leaves = dict[str, Any]
@@ -37,6 +37,23 @@ _IDLE_KEYS = {  # by schedule, the keys that it does not read
         "algorithm.semantic_weight",
         "algorithm.common_weight",
     ),
+}
+
+
+_ON_KNOWN_NOISE = ("srpo", "direct-align")
+_KEYS_OF_METHODS = {  # keys that only some methods read
+    "algorithm.window": _ON_KNOWN_NOISE,
+    "algorithm.delta_sigma": _ON_KNOWN_NOISE,
+    "algorithm.reference.": _ON_KNOWN_NOISE,
+    "algorithm.branches": ("srpo",),
+    "algorithm.semantic_weight": ("srpo",),
+    "algorithm.common_weight": ("srpo",),
+    "algorithm.relative": tuple(name for name in METHODS if name != "srpo"),
+    "algorithm.hinge": tuple(name for name in METHODS if name not in POLICY_METHODS),
+    "algorithm.refl.": ("refl",),
+    "algorithm.draft.": ("draft",),
+    "algorithm.alignprop.": ("alignprop",),
+    "algorithm.grpo.": POLICY_METHODS,
 }
 
 
@@ -290,7 +307,7 @@ def _plain(message: str) -> str:
     """A pydantic message in words that fit YAML."""
     message = re.sub("^(Value error, |(Input|Tuple|String) (?=should))", "", message)
     message = message.replace("Field required", "should have one more item").replace(" after validation", "")
-    return message.replace("a valid tuple", "a list")
+    return message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:
@@ -303,7 +320,19 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 def _refuse_idle_keys(resolved: Resolved) -> None:
     """Refuse a knob that the user turned and that the chosen schedule or mode does not have."""
     schedule, mode = resolved.config.algorithm.schedule, resolved.config.train.mode
+    method = resolved.config.algorithm.name
     for key, origin in resolved.origins.items():
+        readers = next((names for start, names in _KEYS_OF_METHODS.items() if key.startswith(start)), (method,))
+        if origin.startswith("--") and method not in readers:
+            raise UsageError(
+                f"{key} from {origin} has no effect while algorithm.name is {method!r}; add --set "
+                f"algorithm.name={readers[0]}, or leave it out."
+            )
+        if origin.startswith("--") and key == "reward.pair_noise" and resolved.config.reward.pair == "words":
+            raise UsageError(
+                f"{key} from {origin} has no effect while reward.pair is 'words'; add --set reward.pair=picture, or "
+                "leave it out."
+            )
         if origin.startswith("--") and key.startswith("lora.") and mode != "lora":
             raise UsageError(
                 f"{key} from {origin} has no effect while train.mode is {mode!r}; add --set train.mode=lora, or leave "
@@ -331,6 +360,8 @@ def _flag(key: str) -> str:
 
 
 def _unknown_key(key: str, origin: str) -> str:
+    if whole := next((field for field in FIELDS if key.startswith(f"{field}.")), None):
+        return f"Unknown key {key!r} from {origin}: {whole} is set as a whole. Meaning: {FIELDS[whole]}."
     section, _, last = key.rpartition(".")
     known = [*FIELDS, *SECTIONS]
     near = get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1)

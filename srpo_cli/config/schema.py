@@ -6,6 +6,7 @@ needs two fields names both dotted keys in its message, because that message is 
 
 from __future__ import annotations
 
+from math import floor
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -82,13 +83,47 @@ class ModelConfig(Section):
         return size
 
 
+RewardFile = Annotated[
+    Path | None, Field(description="file of the reward's weights; null: the place that its name means")
+]
+TrainingMode = Annotated[
+    Words | None,
+    Field(description="one of the reward's preprocessings that has a gradient; null: its own for training"),
+]
+
+
+class RewardPart(Section):
+    """One reward of a weighted sum; a number alone stands for its ``weight``."""
+
+    weight: Number = Field(1.0, description="factor of its rewards in the sum, negative to train against it")
+    weights: RewardFile = None
+    preprocess: TrainingMode = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_number(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | cls) else {"weight": value}
+
+
 class RewardConfig(Section):
-    """The reward that is optimised, and what is done to a picture before it is judged."""
+    """The reward that is optimised, alone or in a weighted sum, and what is done to a picture before it is judged."""
 
     name: Words = Field(description="a built-in reward (`srpo score --help` lists them), a plug-in, or its Python file")
-    weights: Path | None = Field(None, description="file of the reward's weights; null: the place that its name means")
-    preprocess: Words | None = Field(
-        None, description="one of the reward's preprocessings that has a gradient; null: its own for training"
+    weights: RewardFile = None
+    preprocess: TrainingMode = None
+    weight: Number = Field(1.0, description="factor of the named reward in what is optimised")
+    others: dict[Words, RewardPart] = Field(
+        default_factory=dict,
+        description="rewards that are added to the named one, {NAME: WEIGHT} or {NAME: {weight: , weights: , "
+        "preprocess: }}; in any order",
+    )
+    pair: Literal["words", "picture"] = Field(
+        "words",
+        description="what a relative method compares: one picture under two words, or, for a reward that reads no "
+        "text, a picture with a slightly noised copy of it; under words such a reward cancels out",
+    )
+    pair_noise: Number = Field(
+        0.05, gt=0, le=1, description="standard deviation of the copy's pixel noise, pictures being in [0, 1]"
     )
     shift: Whole = Field(0, ge=0, description="random translation before the reward, at most this many pixels")
     noise: Number = Field(
@@ -97,6 +132,31 @@ class RewardConfig(Section):
         le=1,
         description="standard deviation of pixel noise before the reward, pictures being in [0, 1]",
     )
+
+    @field_validator("others")
+    @classmethod
+    def _in_one_order(cls, others: dict[str, RewardPart]) -> dict[str, RewardPart]:
+        """Sorted by name: the last bits of a sum depend on its order, and a run's ``config.yaml`` is sorted too."""
+        return dict(sorted(others.items()))
+
+    @model_validator(mode="after")
+    def _parts_make_a_sum(self) -> RewardConfig:
+        if self.name in self.others:
+            raise ValueError(
+                f"reward.others names {self.name}, as reward.name does: give it one weight, with reward.weight"
+            )
+        if not any(part.weight for part in self.parts.values()):
+            raise ValueError(
+                "reward.weight is 0, and so is every weight in reward.others: nothing would be optimised; "
+                "give one of them another value"
+            )
+        return self
+
+    @property
+    def parts(self) -> dict[str, RewardPart]:
+        """All rewards of the sum by name, the named one first."""
+        own = RewardPart(weight=self.weight, weights=self.weights, preprocess=self.preprocess)
+        return {self.name: own, **self.others}
 
 
 class ControlWords(Section):
@@ -216,8 +276,113 @@ class ReferenceSchedule(Section):
         return self
 
 
+class ReflConfig(Section):
+    """ReFL: the model is called once, late in the sampling, and its one-step prediction is judged."""
+
+    steps_left: tuple[Whole, Whole] = Field(
+        (1, 10), description="fewest and most sampler steps that are left when the model is called; 1 is the last step"
+    )
+
+    @field_validator("steps_left")
+    @classmethod
+    def _rising_from_the_last(cls, steps_left: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= steps_left[0] <= steps_left[1]:
+            raise ValueError("should be [fewest, most] with 1 <= fewest <= most: [1, 10] for the last ten steps")
+        return steps_left
+
+
+class DraftConfig(Section):
+    """DRaFT: the gradient goes through the sampler's last steps, or through the last one from several noises."""
+
+    last_steps: Whole = Field(1, ge=1, description="DRaFT-K: last sampler steps that keep their gradient")
+    noises: Whole = Field(
+        0, ge=0, description="DRaFT-LV: times that a picture is noised again to the last step's level; 0: DRaFT-K"
+    )
+    include_last: bool = Field(False, description="DRaFT-LV: count the sampler's own last step as one more")
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> DraftConfig:
+        key = "algorithm.draft"
+        if self.noises and self.last_steps > 1:
+            raise ValueError(
+                f"{key}.noises is {self.noises} and {key}.last_steps is {self.last_steps}: DRaFT-LV noises to the last "
+                f"step alone; set {key}.last_steps=1, or {key}.noises=0 for DRaFT-K"
+            )
+        if self.include_last and not self.noises:
+            raise ValueError(
+                f"{key}.include_last is true and {key}.noises is 0: without noises the last step is all there is; set "
+                f"{key}.noises=2, or leave it out"
+            )
+        return self
+
+
+class AlignPropConfig(Section):
+    """AlignProp: the gradient goes through the whole sampler, truncated at random."""
+
+    truncation: tuple[Whole, Whole] | None = Field(
+        None,
+        description="[low, high] of K, drawn for every step; step i keeps its gradient if i >= K; null: [0, "
+        "rollout.steps], the original's",
+    )
+
+    @field_validator("truncation")
+    @classmethod
+    def _rising(cls, truncation: tuple[int, int] | None) -> tuple[int, int] | None:
+        if truncation and not 0 <= truncation[0] <= truncation[1]:
+            raise ValueError("should be [low, high] with 0 <= low <= high: [0, 0] keeps every step")
+        return truncation
+
+
+class GrpoConfig(Section):
+    """DanceGRPO and Flow-GRPO; where a value is null it is the one that the method was published with."""
+
+    group: Whole = Field(12, ge=2, description="pictures of one prompt, from one noise, that are compared")
+    noise_level: Number | None = Field(
+        None, description="of the SDE, above 0; null: eta 0.3 in dance-grpo, a 0.7 in flow-grpo"
+    )
+    fraction: Number | None = Field(
+        None, gt=0, le=1, description="share of the sampler's steps but the last that train; null: 0.6 and 1"
+    )
+    order: Literal["random", "first"] | None = Field(
+        None, description="which steps these are; null: random in dance-grpo, first in flow-grpo"
+    )
+    over: Literal["group", "batch"] | None = Field(
+        None, description="what an advantage's standard deviation is of; null: group in dance-grpo, batch in flow-grpo"
+    )
+    clip: Number = Field(1e-4, gt=0, description="the ratio counts within 1 - clip and 1 + clip")
+    advantage_clip: Number = Field(5.0, gt=0, description="largest advantage, in standard deviations")
+    kl: Number = Field(
+        0.0, ge=0, description="weight of the divergence from the untrained model; needs train.mode lora"
+    )
+
+    @field_validator("noise_level")
+    @classmethod
+    def _some_noise(cls, noise_level: float | None) -> float | None:
+        if noise_level is not None and noise_level <= 0:
+            raise ValueError(
+                "should be above 0: steps without noise have no probability to learn from; published are 0.3 for "
+                "dance-grpo and 0.7 to 0.9 for flow-grpo, and refl, draft and srpo need none"
+            )
+        return noise_level
+
+
+METHODS = ("srpo", "direct-align", "refl", "draft", "alignprop", "dance-grpo", "flow-grpo")
+"""What ``algorithm.name`` may be."""
+
+POLICY_METHODS = ("dance-grpo", "flow-grpo")
+"""Methods that need no gradient of the reward."""
+
+_PUBLISHED = {
+    "dance-grpo": {"noise_level": 0.3, "fraction": 0.6, "order": "random", "over": "group"},
+    "flow-grpo": {"noise_level": 0.7, "fraction": 1.0, "order": "first", "over": "batch"},
+}
+
+PATH_METHODS = ("refl", "draft", "alignprop", *POLICY_METHODS)
+"""Methods that go back along the sampler's own path."""
+
+
 class AlgorithmConfig(Section):
-    """SRPO on Direct-Align: where noise is injected, how far one model step goes, what each reward weighs.
+    """The method, and for SRPO and Direct-Align where noise is injected, how far one model step goes, what counts.
 
     With schedule ``sigma`` the two branches of a pair remove the known noise at one sigma: denoise calls the
     model ``delta_sigma`` above it, invert ``delta_sigma`` below it. Every call stays inside ``window``, which
@@ -226,7 +391,11 @@ class AlgorithmConfig(Section):
     this in the published code's index form instead.
     """
 
-    name: Words = Field("srpo", description="srpo")
+    name: Words = Field("srpo", description=", ".join(METHODS))
+    relative: bool = Field(
+        False,
+        description="train the positive word's reward minus the negative's in place of the plain one; srpo always does",
+    )
     schedule: Literal["sigma", "reference"] = Field(
         "sigma", description="window and weights over sigma, or the published code's index form"
     )
@@ -266,6 +435,30 @@ class AlgorithmConfig(Section):
         description="target auto, as a multiple of the way from the base's gap to its prompted gap",
     )
     reference: ReferenceSchedule = Field(default_factory=ReferenceSchedule, description="keys of schedule reference")
+    refl: ReflConfig = Field(default_factory=ReflConfig, description="keys of method refl")
+    draft: DraftConfig = Field(default_factory=DraftConfig, description="keys of method draft")
+    alignprop: AlignPropConfig = Field(default_factory=AlignPropConfig, description="keys of method alignprop")
+    grpo: GrpoConfig = Field(default_factory=GrpoConfig, description="keys of methods dance-grpo and flow-grpo")
+
+    @property
+    def compares_words(self) -> bool:
+        """Whether what is trained is the difference between two words' rewards."""
+        return self.relative or self.name == "srpo"
+
+    @property
+    def group(self) -> int:
+        """Rollouts of one prompt in a row."""
+        return self.grpo.group if self.name in POLICY_METHODS else 1
+
+    @property
+    def policy(self) -> GrpoConfig:
+        """The keys of a policy method, null ones as it was published."""
+        null = {key: value for key, value in _PUBLISHED[self.name].items() if getattr(self.grpo, key) is None}
+        return self.grpo.model_copy(update=null)
+
+    def policy_steps(self, steps: int) -> int:
+        """Of a sampler's ``steps``, how many a policy method trains of each rollout: as its draws count them."""
+        return max(1, floor(self.policy.fraction * (steps - 1) + 1e-9))
 
     @field_validator("window")
     @classmethod
@@ -362,7 +555,9 @@ class MemoryConfig(Section):
     micro_batch: Auto | Annotated[Whole, Field(ge=1)] = Field(
         "auto", description="rollouts of a process that are drawn and differentiated at a time"
     )
-    batch_branches: Auto | bool = Field("auto", description="both branches of a pair in one pass of the model")
+    batch_branches: Auto | bool = Field(
+        "auto", description="both branches of a pair, or all steps and noises of one, in one pass of the model"
+    )
     transformer_checkpointing: Auto | bool = Field(
         "auto", description="recompute each block of the transformer in its backward pass"
     )
@@ -424,3 +619,89 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @model_validator(mode="after")
+    def _the_method_can_run(self) -> TrainConfig:
+        name = self.algorithm.name
+        if name in PATH_METHODS:
+            self._check_path()
+            self._check_steps()
+        if name in POLICY_METHODS:
+            self._check_groups()
+            self._check_noisy_steps()
+        return self
+
+    def _check_path(self) -> None:
+        """ValueError for what leaves no sampler's path to go back along, or another one than the model is asked on."""
+        name = self.algorithm.name
+        alternative = "or train by srpo or direct-align, which need none"
+        if self.rollout.source == "pictures":
+            raise ValueError(
+                f"algorithm.name is {name} and rollout.source is pictures: it goes back along the sampler's path, "
+                f"which given pictures have not; set rollout.source=model, {alternative}"
+            )
+        if self.rollout.replay:
+            raise ValueError(
+                f"algorithm.name is {name} and rollout.replay is {self.rollout.replay}: it learns from fresh rollouts "
+                f"only; set rollout.replay=0, {alternative}"
+            )
+        if self.algorithm.schedule == "reference":
+            raise ValueError(
+                f"algorithm.name is {name} and algorithm.schedule is reference: that is SRPO's published code; set "
+                "algorithm.schedule=sigma"
+            )
+        if name != "refl" and self.rollout.guidance != self.algorithm.guidance:
+            raise ValueError(
+                f"rollout.guidance is {self.rollout.guidance:g} and algorithm.guidance is "
+                f"{self.algorithm.guidance:g}: {name} takes the sampler's steps again, so give both one value"
+            )
+
+    def _check_steps(self) -> None:
+        """ValueError for a method that would reach back further than the sampler goes."""
+        algorithm, steps = self.algorithm, self.rollout.steps
+        reach = {
+            "refl": ("refl.steps_left", algorithm.refl.steps_left[1]),
+            "draft": ("draft.last_steps", algorithm.draft.last_steps),
+        }
+        key, last = reach.get(algorithm.name, ("", 0))
+        if last > steps:
+            asked = f"[{algorithm.refl.steps_left[0]}, {last}]" if key.startswith("refl") else last
+            raise ValueError(
+                f"algorithm.{key} is {asked} and rollout.steps is {steps}: it cannot go back further than the sampler "
+                "came; lower the one or raise the other"
+            )
+        low, high = algorithm.alignprop.truncation or (0, 0)
+        if algorithm.name == "alignprop" and (high > steps or low == steps):
+            raise ValueError(
+                f"algorithm.alignprop.truncation is [{low}, {high}] and rollout.steps is {steps}: should be within "
+                f"[0, {steps}] and keep a step, [{steps - 1}, {steps - 1}] keeps the last alone"
+            )
+
+    def _check_noisy_steps(self) -> None:
+        """ValueError where a policy method has fewer steps to learn from than it makes updates."""
+        algorithm, steps = self.algorithm, self.rollout.steps
+        if steps < 2:
+            raise ValueError(
+                f"rollout.steps is {steps} and algorithm.name is {algorithm.name}: it learns from the steps before the "
+                "last, the only ones with noise; set rollout.steps=2 or more"
+            )
+        drawn = algorithm.policy_steps(steps)
+        if algorithm.pairs > drawn:
+            raise ValueError(
+                f"algorithm.pairs is {algorithm.pairs}, and {algorithm.name} trains {drawn} of the {steps} steps of "
+                "rollout.steps: each pair needs one of its own; lower algorithm.pairs, or raise rollout.steps or "
+                "algorithm.grpo.fraction"
+            )
+
+    def _check_groups(self) -> None:
+        group = self.algorithm.grpo.group
+        if self.train.batch_size % group:
+            raise ValueError(
+                f"train.batch_size is {self.train.batch_size}: should be a multiple of algorithm.grpo.group, which is "
+                f"{group}"
+            )
+        if self.algorithm.grpo.kl and self.train.mode != "lora":
+            raise ValueError(
+                f"algorithm.grpo.kl is {self.algorithm.grpo.kl:g} and train.mode is {self.train.mode}: the untrained "
+                "model is there only beneath a LoRA; set train.mode=lora, or algorithm.grpo.kl=0"
+            )

@@ -8,7 +8,7 @@ Sigma becomes the model's clock in :meth:`Flux.velocity` and :meth:`Flux.sample`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +45,7 @@ from srpo_cli.models.flux_text import LONGEST_PROMPT, EncodeOne, PromptEncoder
 from srpo_cli.models.quantised import float8_linears
 
 Size = tuple[int, int]  # height, width in px
+Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
 
 _CLOCK = 1000  # the transformer multiplies the time it is given by this
 _COMPILATIONS = 64  # of a block; torch's 8 are fewer than the batches of a run, and one more would end it
@@ -234,6 +235,16 @@ class Flux(LatentSpace):
         """Draw with the LoRA ``scale`` times as strong; see :func:`srpo_cli.models.flux_lora.scale_lora`."""
         scale_lora(self.transformer, scale)
 
+    def untrained_velocity(
+        self, packed_latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: float, size: Size
+    ) -> Tensor:
+        """:meth:`velocity` of the model beneath its LoRA."""
+        self.transformer.disable_adapters()
+        try:
+            return self.velocity(packed_latents, sigma, conditioning, guidance, size)
+        finally:
+            self.transformer.enable_adapters()
+
     def fuse_lora(self) -> dict[str, LowRank]:
         """Fold a LoRA into the weights and train all of them; see :func:`srpo_cli.models.flux_lora.fuse_lora`."""
         return fuse_lora(self.transformer)
@@ -397,6 +408,7 @@ class Flux(LatentSpace):
         guidance: float,
         shift: float | None = None,
         truncate_time: bool = False,
+        sampler: Sampler = euler_sample,
     ) -> Tensor:
         """Draw pictures with the Euler sampler.
 
@@ -406,8 +418,9 @@ class Flux(LatentSpace):
             guidance: as for :meth:`velocity`.
             truncate_time: tell the model the time rounded down to its integer clock, as SRPO's reference
                 rollout does; the latents move by the exact sigmas all the same.
+            sampler: ``euler_path`` to keep the latents of every step.
 
-        Returns packed clean latents, shaped like ``noise``.
+        Returns packed clean latents, shaped like ``noise``, or what else ``sampler`` makes of it.
         """
         sigmas = self.sigmas(steps, size, shift)
         # On the device before the first step, all at once: a copy in each would make the host wait for the device.
@@ -416,9 +429,7 @@ class Flux(LatentSpace):
         def velocity(latents: Tensor, _sigma: Tensor) -> Tensor:
             return self._velocity(latents, next(ticks), conditioning, guidance, size).to(self.latent_dtype)
 
-        return euler_sample(
-            velocity, noise.to(self.device, self.latent_dtype), sigmas.to(self.device, non_blocking=True)
-        )
+        return sampler(velocity, noise.to(self.device, self.latent_dtype), sigmas.to(self.device, non_blocking=True))
 
 
 def _pack(latents: Tensor) -> Tensor:

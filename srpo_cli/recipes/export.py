@@ -152,7 +152,7 @@ class Trained:
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": architecture,
             "modelspec.implementation": "diffusers",
-            "modelspec.title": title(base, form),
+            "modelspec.title": title(base, self.config.algorithm, form),
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
             "modelspec.license": base.licence_name or base.licence,

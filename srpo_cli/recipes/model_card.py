@@ -13,11 +13,29 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from srpo_cli.config.schema import TrainConfig
+from srpo_cli.config.schema import AlgorithmConfig, TrainConfig
 from srpo_cli.models.flux_files import is_single_file
 from srpo_cli.registry import HUB_FILES
+from srpo_cli.rewards.mixed import formula
 
 _DEV_LICENCE = "flux-1-dev-non-commercial-license"
+_METHODS = {
+    "srpo": "SRPO",
+    "direct-align": "Direct-Align",
+    "refl": "ReFL",
+    "alignprop": "AlignProp",
+    "dance-grpo": "DanceGRPO",
+    "flow-grpo": "Flow-GRPO",
+}
+_PAPERS = {
+    "srpo": "arXiv:2509.06942",
+    "direct-align": "arXiv:2509.06942",
+    "refl": "arXiv:2304.05977",
+    "draft": "arXiv:2309.17400",
+    "alignprop": "arXiv:2310.03739",
+    "dance-grpo": "arXiv:2505.07818",
+    "flow-grpo": "arXiv:2505.05470",
+}
 _DEV_REPOSITORIES = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev")
 
 
@@ -91,11 +109,11 @@ def model_card(
         license_name=base.licence_name,
         license_link=base.licence_link,
         pipeline_tag="text-to-image",
-        tags=["flux", "srpo", "direct-align", *(["lora"] if adapter else [])],
+        tags=["flux", *_tags(config.algorithm.name), *(["lora"] if adapter else [])],
         base_model_relation=("adapter" if adapter else "finetune") if base.repo else None,
     )
     sections = [
-        f"# {title(base, result['format'])}",
+        f"# {title(base, config.algorithm, result['format'])}",
         _what(config, base, result),
         _licence(base),
         "## Load it",
@@ -108,13 +126,33 @@ def model_card(
     ]
     if result["format"] == "extract":
         sections += ["## What the LoRA keeps", _kept(result)]
-    sections += ["## Limits", _bullets([*remarks, *_limits(base)])]
+    sections += ["## Limits", _bullets([*remarks, *_limits(base, config.algorithm)])]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
-def title(base: Base, form: str) -> str:
+def title(base: Base, algorithm: AlgorithmConfig, form: str) -> str:
     """Name of exported weights, for people."""
-    return f"{base.title} aligned by SRPO" + (" (LoRA)" if form in ("lora", "extract") else "")
+    return f"{base.title} aligned by {_method(algorithm)}" + (" (LoRA)" if form in ("lora", "extract") else "")
+
+
+def _method(algorithm: AlgorithmConfig) -> str:
+    """A method as its paper calls it."""
+    if algorithm.name == "draft":
+        return "DRaFT-LV" if algorithm.draft.noises else f"DRaFT-{algorithm.draft.last_steps}"
+    return _METHODS[algorithm.name]
+
+
+def _method_and_paper(algorithm: AlgorithmConfig) -> str:
+    """What was optimised, and how, with the papers to read."""
+    if algorithm.name == "srpo":
+        return f"SRPO on Direct-Align ({_PAPERS['srpo']}), schedule {algorithm.schedule}"
+    schedule = f", schedule {algorithm.schedule}" if algorithm.name == "direct-align" else ""
+    signal = f"the semantic-relative reward ({_PAPERS['srpo']})" if algorithm.relative else "the plain reward"
+    return f"{_method(algorithm)} ({_PAPERS[algorithm.name]}){schedule}, on {signal}"
+
+
+def _tags(name: str) -> list[str]:
+    return ["srpo", "direct-align"] if name == "srpo" else [name]
 
 
 def _what(config: TrainConfig, base: Base, result: Mapping[str, Any]) -> str:
@@ -195,12 +233,14 @@ def _how_it_was_made(config: TrainConfig, result: Mapping[str, Any], environment
     weights = "as they were trained"
     if result["weights"] == "average":
         weights = "their moving average" + (f", decay {train.ema:g}" if train.ema else "")
-    rows = {
-        "method": f"{config.algorithm.name.upper()} on Direct-Align (arXiv:2509.06942), "
-        f"schedule {config.algorithm.schedule}",
-        "reward": config.reward.name,
+    compared = {
         "control words, towards": ", ".join(words.positive),
         "control words, away from": ", ".join(words.negative),
+    }
+    rows = {
+        "method": _method_and_paper(config.algorithm),
+        "reward": formula((part.weight, name) for name, part in config.reward.parts.items()),
+        **(compared if config.algorithm.compares_words else {}),
         "prompts": config.prompts.source,
         "trained": trained,
         "steps": f"{result['step']} of {train.steps}, {train.batch_size} rollout(s) each in "
@@ -253,10 +293,11 @@ def _kept(result: Mapping[str, Any]) -> str:
     )
 
 
-def _limits(base: Base) -> list[str]:
+def _limits(base: Base, algorithm: AlgorithmConfig) -> list[str]:
     model = "the miniature draws its own small world and nothing else." if base.name == "miniature" else None
+    judge = "one reward says of the control words" if algorithm.compares_words else "one reward likes"
     return [
-        "The weights were moved towards what one reward says of the control words, not towards what people say; "
+        f"The weights were moved towards what {judge}, not towards what people say; "
         "figures above, where there are any, are all that was measured.",
         f"What {base.title} cannot do, and its biases, remain: {model}"
         if model

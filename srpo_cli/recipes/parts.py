@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from srpo_cli.algorithms.base import ControlWords
-from srpo_cli.algorithms.srpo import SRPO, Draws, ReferenceDraws, SigmaDraws
-from srpo_cli.config.schema import AlgorithmConfig, PromptsConfig, RewardConfig, TrainConfig
+from srpo_cli.algorithms.judging import Judging
+from srpo_cli.config.schema import POLICY_METHODS, PromptsConfig, RewardConfig, TrainConfig
 from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
 from srpo_cli.miniature.world import SIZE, draw_prompts, parse
 from srpo_cli.models.flux import Flux
+from srpo_cli.recipes.methods import AnyDraws, make_method
 from srpo_cli.recipes.placement import Loaded, arithmetic_of, load_model
-from srpo_cli.registry import ALGORITHMS, PROMPT_FILES, REWARDS
-from srpo_cli.rewards.augment import Augment
+from srpo_cli.registry import PROMPT_FILES, REWARDS
 from srpo_cli.rewards.base import Reward
+from srpo_cli.rewards.mixed import MixedReward
+from srpo_cli.rewards.noised import NoisedPair
 from srpo_cli.runtime.distributed import Ranks
 from srpo_cli.runtime.fetch import fetch
 from srpo_cli.runtime.plan import Settings
@@ -43,8 +46,8 @@ class Parts:
 
     loaded: Loaded
     reward: Reward
-    algorithm: SRPO
-    draws: Draws
+    algorithm: Judging
+    draws: AnyDraws
     plan: Settings
     arithmetic: Callable[[], AbstractContextManager[object]]
 
@@ -83,18 +86,77 @@ def load_reward(
 
 def load_training_reward(
     config: RewardConfig,
+    words: ControlWords,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     announce: Callable[[str], None] | None = None,
+    *,
+    relative: bool = True,
+    gradient: bool = True,
 ) -> Reward:
-    """The reward to train on; UsageError for one that has no gradient or reads no control word."""
-    reward = load_reward(config.name, config.weights, device, dtype, announce).via(config.preprocess or "training")
+    """The reward to train on, or the weighted sum of several.
+
+    Args:
+        config: names it, or its parts.
+        words: what tells a picture from its noised copy, where the configuration asks for such a pair.
+        device, dtype, announce: as for :func:`load_reward`.
+        relative: whether the method compares the rewards of two words, not only the prompt's own with others.
+        gradient: whether the method differentiates it.
+
+    Raises UsageError for a reward that cannot serve such a method.
+    """
+    check_pair(config, relative)
+    loaded = {}
+    for name, part in config.parts.items():
+        reward = load_reward(name, part.weights, device, dtype, announce)
+        loaded[name] = reward.via(part.preprocess or "training")
+        if gradient:
+            _refuse_without_gradient(loaded[name])
+    _refuse_pair(config, {name: reward.reads_text for name, reward in loaded.items()}, relative)
+    rewards = [_paired(reward, config, words) for reward in loaded.values()]
+    weights = [part.weight for part in config.parts.values()]
+    return rewards[0] if weights == [1] else MixedReward(zip(weights, rewards, strict=True))
+
+
+def check_pair(config: RewardConfig, relative: bool = True) -> None:
+    """UsageError for rewards that leave a relative method no pair, before any of them is looked for.
+
+    Of other people's rewards it is known only when they are loaded.
+    """
+    if not any(REWARDS.plugin(name) for name in config.parts):
+        makers = {name: get_type_hints(REWARDS.get(name)) for name in config.parts}
+        _refuse_pair(config, {name: made["return"].reads_text for name, made in makers.items()}, relative)
+
+
+def _refuse_pair(config: RewardConfig, reads_text: Mapping[str, bool], relative: bool) -> None:
+    """:func:`check_pair`, given which rewards read text."""
+    names, one = " and ".join(reads_text), len(reads_text) == 1
+    if config.pair == "picture" and all(reads_text.values()):
+        raise UsageError(
+            f"reward.pair is picture, and {names} read{'s' * one} text, of which words make a pair: leave it out"
+        )
+    if relative and config.pair == "words" and not any(reads_text.values()):
+        raise UsageError(
+            f"reward {names} read{'s' * one} no text, so control words cannot move it: add --set reward.pair=picture, "
+            "which compares a picture with a noised copy of it, or take the plain reward with --set "
+            "algorithm.name=direct-align and algorithm.relative=false"
+        )
+
+
+def _refuse_without_gradient(reward: Reward) -> None:
     if not reward.differentiable or (reward.preprocess and not reward.preprocess.differentiable):
         mode = f" behind {reward.preprocess.mode}" if reward.preprocess else ""
-        raise UsageError(f"reward {reward.name}{mode} has no gradient: train with another, it can still score")
-    if not reward.reads_text:
-        raise UsageError(f"reward {reward.name} reads no text, so control words cannot move it: train with another")
-    return reward
+        raise UsageError(
+            f"reward {reward.name}{mode} has no gradient: take another reward, or add --set algorithm.name=dance-grpo, "
+            "which needs none"
+        )
+
+
+def _paired(reward: Reward, config: RewardConfig, words: ControlWords) -> Reward:
+    """The reward itself where words make its pair, else with the pair that the picture makes."""
+    if config.pair == "words" or reward.reads_text:
+        return reward
+    return NoisedPair(reward, words.positive, words.negative, words.template, noise=config.pair_noise)
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> str:
@@ -112,19 +174,6 @@ def frozen_parameters(parts: Parts) -> Iterator[Tensor]:
     modules = (model.transformer, model.vae, model.text_encoder, model.text_encoder_2)
     parameters = chain(*(module.parameters() for module in modules if module), parts.reward.parameters())
     return (parameter for parameter in parameters if not parameter.requires_grad)
-
-
-def make_draws(config: AlgorithmConfig) -> Draws:
-    """Where gradients are taken, in either schedule mode."""
-    if config.schedule == "reference":
-        return ReferenceDraws(branches=config.branches, **config.reference.model_dump())
-    return SigmaDraws(
-        window=config.window,
-        delta_sigma=config.delta_sigma,
-        branches=config.branches,
-        semantic_weight=config.semantic_weight,
-        common_weight=config.common_weight,
-    )
 
 
 def make_parts(
@@ -146,23 +195,18 @@ def make_parts(
     """
     if config.model.name == "miniature" and config.model.size != (SIZE, SIZE):
         raise UsageError(f"model.size is {list(config.model.size)}: the miniature draws [{SIZE}, {SIZE}] and no other")
+    check_pair(config.reward, config.algorithm.compares_words)
     loaded = load_model(config, plan, ranks, tuned, text_encoders=text_encoders, announce=announce)
     model = loaded.model
     model.noise(1, config.model.size, torch.Generator())  # refuses a size
     # A frozen judge in bfloat16 moves a cosine by 1e-3 of itself; its features are normalised in float32 again.
     dtype = torch.float32 if ranks.device.type == "cpu" else getattr(torch, config.model.dtype)
-    reward = load_training_reward(config.reward, ranks.device, dtype, announce)
-    augment = Augment(config.reward.shift, config.reward.noise)
-    algorithm = ALGORITHMS.get(config.algorithm.name)(
-        model,
-        reward,
-        ControlWords(**config.control_words.model_dump()),
-        guidance=config.algorithm.guidance,
-        hinge=config.algorithm.hinge,
-        augment=augment if augment.shift or augment.noise else None,
-    )
+    words = ControlWords(**config.control_words.model_dump())
+    wanted = {"relative": config.algorithm.compares_words, "gradient": config.algorithm.name not in POLICY_METHODS}
+    reward = load_training_reward(config.reward, words, ranks.device, dtype, announce, **wanted)
+    algorithm, draws = make_method(config, model, reward, words)
     how = partial(arithmetic_of, config, plan, ranks.device)
-    return Parts(loaded, reward, algorithm, make_draws(config.algorithm), plan, how)
+    return Parts(loaded, reward, algorithm, draws, plan, how)
 
 
 @dataclass(frozen=True)

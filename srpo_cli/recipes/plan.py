@@ -146,17 +146,18 @@ def count(config: TrainConfig, dtype: torch.dtype | None = None) -> Counts:
     grid, tokens = _grid(config), int(min(longest, _LONGEST_PROMPT))
     held, work = _count_transformer(config, dtype, grid, tokens)
     decoder_parameters, decoder = _count_decoder(name, dtype, grid)
-    reward_parameters, reward, uncounted = _count_reward(config.reward.name, dtype)
+    rewards = [_count_reward(name, dtype) for name in config.reward.parts]
+    reward_parameters, reward_work, uncounted = zip(*rewards, strict=True)
     return Counts(
         **held,
         transformer=work,
         decoder=decoder,
-        reward=reward,
+        reward=_together(reward_work),
         decoder_parameters=decoder_parameters,
-        reward_parameters=reward_parameters,
+        reward_parameters=sum(reward_parameters),
         encoder_parameters=_count_encoders(name),
         prompt=_prompt_width(name, tokens) * dtype.itemsize,
-        uncounted=uncounted,
+        uncounted=", and ".join(filter(None, uncounted)),
     )
 
 
@@ -290,6 +291,14 @@ def _count_reward(name: str, dtype: torch.dtype) -> tuple[int, Work, str]:
     side = settings["vision_cfg"]["image_size"]
     pixels = _empty(1, 3, side, side, dtype=dtype).requires_grad_()
     return _size(tower), _measure(tower, lambda: tower(pixels), []), ""
+
+
+def _together(works: Sequence[Work]) -> Work:
+    """What several parts do on the same picture, all of them kept for one backward pass."""
+    summed = ("forward", "both", "recomputed", "saved", "stash")
+    largest = ("block", "widest")
+    totals = {key: sum(getattr(work, key) for work in works) for key in summed}
+    return Work(**totals, **{key: max(getattr(work, key) for work in works) for key in largest})
 
 
 @cache

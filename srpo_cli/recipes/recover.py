@@ -31,7 +31,8 @@ from srpo_cli.metrics.likeness import ENOUGH_PICTURES, RANKS_KEPT, psnr, rank_co
 from srpo_cli.miniature.world import SIZE
 from srpo_cli.models.flux import Flux, LatentSpace, load_flux, load_latent_space
 from srpo_cli.recipes import sample
-from srpo_cli.recipes.parts import check_miniature_prompts, chunks, draw_pictures, load_reward, make_draws
+from srpo_cli.recipes.methods import make_draws
+from srpo_cli.recipes.parts import check_miniature_prompts, chunks, draw_pictures, load_reward
 from srpo_cli.rewards.base import Reward
 from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.folder import disk_errors, write_atomically

@@ -11,7 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srpo_cli.algorithms.base import ControlWords, Rollout
-from srpo_cli.algorithms.srpo import Injection
+from srpo_cli.algorithms.grpo import GRPO
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
+from srpo_cli.core.sampling import euler_path, euler_sample
 from srpo_cli.core.target import Target
 from srpo_cli.errors import SrpoError, UsageError
-from srpo_cli.models.flux import Conditioning
+from srpo_cli.models.flux import Conditioning, Sampler
 from srpo_cli.models.quantised import check_float8_rollouts
 from srpo_cli.recipes.encodings import EncodedPictures, EncodedPrompts, cache_folder
 from srpo_cli.recipes.parts import (
@@ -208,6 +209,7 @@ class Run:
         with ranks.together():  # all have their files before any waits for the others
             self.parts = self._make_parts(checkpoint, announce)
         self.model, self.algorithm = self.parts.model, self.parts.algorithm
+        self.policy = self.algorithm if isinstance(self.algorithm, GRPO) else None
         self.encoded = self._encode_pictures()
         prepare_model(self.model, config, self.settings, self.device)
         self.data = self._data()
@@ -290,10 +292,13 @@ class Run:
             yield from self._prompts_of([number])
 
     def _prompts_of(self, numbers: Sequence[int]) -> list[str]:
-        """The prompts of the rollouts with these numbers: captions where given pictures stand for them."""
+        """The prompts of the rollouts with these numbers: captions where given pictures stand for them.
+
+        Rollouts of a group have one prompt.
+        """
         if self.pictures:
             return [self.pictures.caption(number) for number in numbers]
-        return self.prompts.batch(numbers)
+        return self.prompts.batch([number // self.config.algorithm.group for number in numbers])
 
     def _texts(self) -> list[str]:
         """Every text that the reward is asked for in training."""
@@ -569,15 +574,20 @@ class Run:
         """Clean latents and their noise: sampled from the model, or encoded from given pictures."""
         prompts = self._prompts_of(numbers)
         conditioning, noise = self.model.encode_prompts(prompts), self._rollout_noise(numbers)
+        size = self.config.model.size
+        if self.algorithm.keeps_path:
+            sigmas, path = self._draw_path(conditioning, noise, numbers)
+            return Rollout(path[-1], noise, prompts, conditioning, size, sigmas, path)
         x_0 = self.encoded.batch(numbers) if self.encoded else self._draw(conditioning, noise)
-        return Rollout(x_0, noise, prompts, conditioning, self.config.model.size)
+        return Rollout(x_0, noise, prompts, conditioning, size)
 
     def _rollout_noise(self, numbers: list[int]) -> Tensor:
         """The noise that a batch starts from, packed: shared, it is one noise for all samples of all ranks."""
         size = self.config.model.size
         if self.config.rollout.shared_noise:
             return self.model.noise(1, size, generator(self.seed, "rollout", self.step)).expand(len(numbers), -1, -1)
-        draws = [generator(self.seed, "rollout", number) for number in numbers]
+        group = self.config.algorithm.group
+        draws = [generator(self.seed, "rollout", number // group) for number in numbers]
         return torch.cat([self.model.noise(1, size, draw) for draw in draws])
 
     @contextmanager
@@ -590,8 +600,18 @@ class Run:
         with self.model.float8_rollouts():
             yield
 
-    def _draw(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        """Sample clean latents as rollouts are sampled."""
+    def _draw_path(self, conditioning: Conditioning, noise: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """The sampler's levels and the latents at each of them; a policy's sampler draws noise in every step."""
+        config, size = self.config.rollout, self.config.model.size
+        sigmas = self.model.sigmas(config.steps, size, config.shift)
+        if self.policy is None:
+            return sigmas, self._draw(conditioning, noise, euler_path)
+        with self.parts.arithmetic():
+            draws = self._generators("policy", numbers)
+            return sigmas, self.policy.sample(conditioning, noise.to(self.device), size, sigmas, draws)
+
+    def _draw(self, conditioning: Conditioning, noise: Tensor, sampler: Sampler = euler_sample) -> Tensor:
+        """Sample clean latents, or what else ``sampler`` keeps, as rollouts are sampled."""
         config = self.config.rollout
         with self.parts.arithmetic():
             return self.model.sample(
@@ -602,6 +622,7 @@ class Run:
                 config.guidance,
                 config.shift,
                 truncate_time=self.config.algorithm.schedule == "reference",
+                sampler=sampler,
             )
 
     @torch.no_grad()
@@ -622,23 +643,56 @@ class Run:
         self.ledger.reward_calls += 2 * self.batch
         if not self.encoded:
             self.ledger.forwards += self.config.rollout.steps * self.batch
+        if self.policy:
+            self._compare(pictures)
         prompts = [prompt for rollout in self.rollouts for prompt in rollout.prompts]
         distance = self.report.evaluator.live_distance(torch.cat(pictures), prompts, self.ranks)
         share = self.ranks.size / self.batch
         return {"reward": torch.cat(rewards).sum() * share, "sgp_gap": torch.cat(self.gaps).sum() * share}, distance
 
+    def _compare(self, pictures: list[Tensor]) -> None:
+        """Judge the fresh rollouts' pictures by what is trained, and tell each how it stands in its group."""
+        rewards = []
+        for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
+            draws = self._generators("augmentation", numbers)
+            rewards.append(self.policy.judge(images, rollout.prompts, self.step + 1, generator=draws))
+        self.ledger.reward_calls += self.batch
+        own = torch.cat(rewards)
+        shares = self.ranks.gather(own.cpu())
+        first = sum(map(len, shares[: self.ranks.rank]))
+        advantages = self.policy.advantages(torch.cat(shares))[first : first + len(own)].to(own)
+        sizes = [len(rollout.prompts) for rollout in self.rollouts]
+        parts = advantages.split(sizes)
+        self.rollouts = [replace(rollout, advantages=part) for rollout, part in zip(self.rollouts, parts, strict=True)]
+
+    def _lots(self, count: int) -> list[list[list[Any]]]:
+        """Where gradients are taken: for each micro-batch ``count`` lots of draws."""
+        numbers = self._micro_batches()
+        lots = [self.parts.draws.pairs(self._generators("injection", part), count) for part in numbers]
+        if self.policy is None:
+            return lots
+        batched = self.settings.batch_branches
+        with self.parts.arithmetic():
+            lots = [
+                self.policy.remember(rollout, own, batched=batched)
+                for rollout, own in zip(self.rollouts, lots, strict=True)
+            ]
+        remembered, reference = lots[0][1:], lots[0] if self.policy.kl else []
+        self.ledger.forwards += sum(map(len, [*remembered, *reference])) * self.batch
+        return lots
+
     def _descend(self, measured: dict[str, Tensor], distance: Tensor | None) -> dict[str, Any]:
         """Accumulate K pairs of gradients and update after each pair, or once after all."""
         config = self.config.algorithm
-        numbers = self._micro_batches()
-        draws = [self.parts.draws.pairs(self._generators("injection", part), config.pairs) for part in numbers]
-        augmentations = [self._generators("augmentation", part) for part in numbers]
+        draws = self._lots(config.pairs)
+        augmentations = [self._generators("augmentation", part) for part in self._micro_batches()]
         per_update = 1 if config.update == "pair" else config.pairs
         record: dict[str, Any] = dict.fromkeys(("reward", "sgp_gap", "photo_distance"))
         losses, norms = [], []
         for part in chunks(config.pairs, per_update):
-            loss = self._accumulate([pairs[part] for pairs in draws], augmentations)
-            told = self._update({"loss": loss, **measured}, distance)
+            accumulated = self._accumulate([pairs[part] for pairs in draws], augmentations)
+            told = self._update({**accumulated, **measured}, distance)
+            self.ledger.gradient_passes += round(told.pop("calls"))
             losses.append(told.pop("loss"))
             norms.append(told.pop("grad_norm"))
             record |= told
@@ -646,30 +700,38 @@ class Run:
         mean = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
         return {**record, **mean, "lr": self.trained.optimizer.param_groups[0]["lr"]}
 
-    def _accumulate(self, draws: list[list[list[Injection]]], augmentations: list[list[torch.Generator]]) -> Tensor:
-        """Gradients of all micro-batches for one update, each with its pairs; returns this rank's share of the loss."""
-        passes = [(number, injections, 1.0) for number, pairs in enumerate(draws) for injections in pairs]
+    def _accumulate(
+        self, draws: list[list[list[Any]]], augmentations: list[list[torch.Generator]]
+    ) -> dict[str, Tensor]:
+        """Gradients of all micro-batches for one update, each with its lots.
+
+        Returns this rank's share of the loss, and ``calls`` whose mean over the ranks is the number of pictures that
+        went through the model with a gradient.
+        """
+        passes = [(number, lot, 1.0) for number, lots in enumerate(draws) for lot in lots]
         passes += [(*passes[-1][:2], 0.0)] * (self._idle_passes(len(draws)) * len(draws[0]))
-        losses = []
-        for done, (number, injections, counts) in enumerate(passes, 1):
+        losses, calls = [], 0
+        for done, (number, lot, counts) in enumerate(passes, 1):
             rollout = self.rollouts[number]
             self.trained.accumulate(last=done == len(passes))
             share = counts * len(rollout.prompts) * self.ranks.size / self.batch
             with self.parts.arithmetic():
                 metrics = self.algorithm.backward(
                     rollout,
-                    injections,
+                    lot,
                     self.step + 1,
                     weights=self.target.weights(self.gaps[number]) if self.target else None,
-                    scale=share / (len(injections) * len(draws[number])),
+                    scale=share / (len(lot) * len(draws[number])),
                     generator=augmentations[number] if counts else torch.Generator(),  # whose draws count for nothing
                     batched=self.settings.batch_branches,
                 )
             losses.append(metrics["loss"])
-        count = sum(map(len, draws[0])) * self.batch
-        self.ledger.gradient_passes += count
-        self.ledger.reward_calls += count
-        return sum(losses)
+            if counts:
+                calls += sum(self.algorithm.calls(draw, len(rollout.prompts)) for draw in lot)
+        if self.policy is None:
+            self.ledger.reward_calls += sum(map(len, draws[0])) * self.batch
+        loss = sum(losses)
+        return {"loss": loss, "calls": torch.full_like(loss, float(calls * self.ranks.size))}
 
     def _idle_passes(self, own: int) -> int:
         """Micro-batches that another rank has more of: where passes are collective, this one goes along for nothing."""

@@ -189,6 +189,47 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What a method asks of the models for one rollout.
+
+    Attributes:
+        draws: draws of its largest lot, which one pass of the model takes where branches are batched.
+        graph: most calls of the transformer that the graph of one draw holds until it is gone backward through.
+        calls: calls of the transformer with a gradient, over all lots; on average where they are drawn at random.
+        judged: pictures that are decoded and judged with a gradient, over all lots.
+        forwards: calls of the transformer without a gradient, beside the sampler's.
+        compares: whether one of these is made while a graph is there.
+    """
+
+    draws: int = 1
+    graph: int = 1
+    calls: float = 1
+    judged: int = 1
+    forwards: int = 0
+    compares: bool = False
+
+    @classmethod
+    def of(cls, config: TrainConfig, together: int = 1) -> Effort:
+        """That of the configured method, with so many rollouts ``together`` in one pass of the model."""
+        algorithm, steps, pairs = config.algorithm, config.rollout.steps, config.algorithm.pairs
+        if algorithm.group > 1:
+            trained = algorithm.policy_steps(steps)
+            first = -(-trained // pairs)  # whose steps are compared with the policy itself
+            reference = trained if algorithm.grpo.kl else 0
+            return cls(first, 1, trained, 0, trained - first + reference, bool(reference))
+        if algorithm.name == "draft" and not algorithm.draft.noises:
+            return cls(1, algorithm.draft.last_steps, algorithm.draft.last_steps * pairs, pairs)
+        if algorithm.name == "alignprop":
+            low, high = algorithm.alignprop.truncation or (0, steps)
+            chances = [min(1.0, (step - low + 1) / (high - low + 1)) for step in range(low, steps)]
+            called = sum(1 - (1 - chance) ** together for chance in chances[:-1]) + 1  # at the last step always
+            return cls(1, steps - low, called * pairs, pairs)
+        draws = {"srpo": len(algorithm.branches), "draft": algorithm.draft.noises + algorithm.draft.include_last}
+        own = draws.get(algorithm.name, 1)
+        return cls(own, 1, own * pairs, own * pairs)
+
+
+@dataclass(frozen=True)
 class Settings:
     """What every ``auto`` of the configuration's section ``memory`` comes to; the fields are its keys."""
 
@@ -228,7 +269,7 @@ class Plan:
         stage: that stage.
         host_gib: host memory of all processes of a node, of rank 0's where they differ.
         forwards_per_step: pictures through the transformer without a gradient, on average where rollouts are replayed.
-        gradient_passes_per_step: pictures through it forward and backward.
+        gradient_passes_per_step: pictures through it forward and backward, on average where these are drawn at random.
         flops_per_step: of transformer, decoder and reward.
         seconds_per_step: an estimate, by known GPU that has the memory for this plan.
         disk_gib: checkpoints that are kept and the one that is being written, and the cache of encoded prompts.
@@ -382,7 +423,7 @@ def _candidates(config: TrainConfig, machine: Machine, parameters: int) -> Itera
     micro_batches = _open(memory.micro_batch, _halvings(config.train.batch_size))
     if machine.is_cpu:
         micro_batches = micro_batches[:1]
-    both = (True,) if machine.is_cpu or len(config.algorithm.branches) == 1 else (True, False)
+    both = (True,) if machine.is_cpu or Effort.of(config).draws == 1 else (True, False)
     recompute = (False,) if machine.is_cpu else (False, True)
     for kind in _kinds(config, machine, parameters):
         for adam, micro_batch, batched, transformer, vae in product(
@@ -416,6 +457,13 @@ def _kinds(config: TrainConfig, machine: Machine, parameters: int) -> tuple[str,
                 "set memory.plan=auto"
             )
         return ("replicated",)
+    several = Effort.of(config).graph > 1
+    if asked == "sharded" and several:
+        raise UsageError(
+            f"memory.plan is sharded and algorithm.name is {config.algorithm.name}: of several calls of the model it "
+            "makes one graph, which sharded weights do not serve; set memory.plan=auto, and with it train.mode=lora "
+            "where no other plan fits"
+        )
     if asked in ("resident", "streamed") and dtype == "float32" and not machine.is_cpu:
         raise UsageError(
             f"memory.plan is {asked} and model.dtype is float32: it keeps bfloat16 weights beside their master; "
@@ -425,7 +473,7 @@ def _kinds(config: TrainConfig, machine: Machine, parameters: int) -> tuple[str,
         return (asked,)
     if machine.is_cpu or parameters < _SMALL_MODEL or config.memory.master == "bfloat16":
         return ("replicated",)
-    shared = ("sharded",) if machine.ranks > 1 else ()
+    shared = ("sharded",) if machine.ranks > 1 and not several else ()
     return (*shared, "replicated") if dtype == "float32" else (*shared, "resident", "streamed")
 
 
@@ -449,8 +497,8 @@ def _gradients(settings: Settings, config: TrainConfig) -> tuple[str, ...]:
 def _passes_per_update(settings: Settings, config: TrainConfig) -> int:
     """Backward passes whose gradients are summed up in one update."""
     micro_batches = -(-config.train.batch_size // settings.micro_batch)
-    branches = 1 if settings.batch_branches else len(config.algorithm.branches)
-    return micro_batches * branches * (config.algorithm.pairs if config.algorithm.update == "rollout" else 1)
+    draws = 1 if settings.batch_branches else Effort.of(config).draws
+    return micro_batches * draws * (config.algorithm.pairs if config.algorithm.update == "rollout" else 1)
 
 
 def _open(asked: Any, choices: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -475,6 +523,7 @@ class _Price:
     def __init__(self, settings: Settings, counts: Counts, config: TrainConfig, machine: Machine) -> None:
         self.settings, self.counts, self.config, self.machine = settings, counts, config, machine
         self.passes = _passes_per_update(settings, config)
+        self.effort = Effort.of(config, min(settings.micro_batch, config.train.batch_size))
         self.stage, self.parts = max(self._stages().items(), key=lambda stage: sum(stage[1].values()))
         self.total = sum(self.parts.values())
         self.host = self._host()
@@ -529,8 +578,9 @@ class _Price:
         counts, settings, config = self.counts, self.settings, self.config
         transformer, decoder, reward = counts.transformer, counts.decoder, counts.reward
         rollouts = settings.micro_batch
-        pictures = rollouts * (len(config.algorithm.branches) if settings.batch_branches else 1)
-        graph = pictures * (transformer.stash if settings.transformer_checkpointing else transformer.saved)
+        pictures = self._pictures()
+        held = transformer.stash if settings.transformer_checkpointing else transformer.saved
+        graph = pictures * self.effort.graph * held
         recompute = transformer.block if settings.transformer_checkpointing else 0
         work = pictures * (recompute + 2 * transformer.widest)  # the second: an activation's gradient, in and out
         kept = pictures * (decoder.stash if settings.vae_checkpointing else decoder.saved)
@@ -552,7 +602,9 @@ class _Price:
                 "activations": graph,
                 "decoder": kept + max(0.0, decode - judge),
                 "reward": judge,
-            },
+            }
+            if self.effort.judged
+            else {"decoder": rollouts * 2 * decoder.widest, "reward": rollouts * 2 * reward.widest},
             # In a single pass the graph goes as the gradients come.
             "backward": {
                 "gradients": gradients,
@@ -560,6 +612,11 @@ class _Price:
             },
             "update": {"gradients": gradients, "buffers": self._update_buffers()},
         }
+        if self.effort.compares:
+            stages["comparing"] = {
+                "gradients": before,
+                "activations": graph + pictures * (transformer.block + 2 * transformer.widest) + transient,
+            }
         if config.train.ema is not None:
             stages["measuring"] = {**stages["rollout"], "gradients": 0.0, "average": self._aside()}
         result = {}
@@ -684,7 +741,7 @@ class _Price:
         checkpoints = (config.checkpoint.keep + 1) * (weights + low + _MOMENTS[self.settings.adam]) * trained
         if _cache_is_off(config):
             return checkpoints
-        prompts = config.train.steps * config.train.batch_size * self.machine.ranks
+        prompts = config.train.steps * config.train.batch_size * self.machine.ranks // config.algorithm.group
         held_out = max(config.evaluation.prompts, config.samples.count)
         return checkpoints + self.counts.prompt * (min(prompts, config.prompts.limit or prompts) + held_out)
 
@@ -695,26 +752,27 @@ class _Price:
         config = self.config
         if config.rollout.source == "pictures":
             return 0.0
-        return config.rollout.steps * config.train.batch_size / (1 + config.rollout.replay)
+        own = config.rollout.steps / (1 + config.rollout.replay) + self.effort.forwards
+        return config.train.batch_size * own
 
-    def _gradient_passes(self) -> int:
-        algorithm = self.config.algorithm
-        return self.config.train.batch_size * len(algorithm.branches) * algorithm.pairs
+    def _gradient_passes(self) -> float:
+        return _whole(self.config.train.batch_size * self.effort.calls)
+
+    def _pictures(self) -> int:
+        """Pictures in one pass of the model with a gradient."""
+        return self.settings.micro_batch * (self.effort.draws if self.settings.batch_branches else 1)
 
     def _flops_by_batch(self) -> list[tuple[float, int]]:
         """FLOPs of a step with the pictures that they are computed for at a time."""
         counts, settings, config = self.counts, self.settings, self.config
-        pictures = settings.micro_batch * (len(config.algorithm.branches) if settings.batch_branches else 1)
         transformer, decoder, reward = counts.transformer, counts.decoder, counts.reward
-        one_pass = (
-            (transformer.recomputed if settings.transformer_checkpointing else transformer.both)
-            + (decoder.recomputed if settings.vae_checkpointing else decoder.both)
-            + reward.both
-        )
+        call = transformer.recomputed if settings.transformer_checkpointing else transformer.both
+        verdict = (decoder.recomputed if settings.vae_checkpointing else decoder.both) + reward.both
         measured = config.train.batch_size * (decoder.forward + reward.forward)  # every step judges its rollouts
+        judged = config.train.batch_size * self.effort.judged
         return [
             (self._rollouts() * transformer.forward + measured, settings.micro_batch),
-            (self._gradient_passes() * one_pass, pictures),
+            (self._gradient_passes() * call + judged * verdict, self._pictures()),
         ]
 
     def _flops(self) -> float:

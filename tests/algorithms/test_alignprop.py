@@ -180,6 +180,21 @@ def test_a_batch_and_its_samples_one_by_one_give_the_same_gradient() -> None:
     same(gradient(method, rollout, draws), sum(alone) / 2)
 
 
+def test_samples_do_not_meddle_with_one_another_after_an_update_either() -> None:
+    """The model has moved since the rollout: a velocity that is not kept is still the rollout's, in any company."""
+    method = make_method()
+    rollout = roll_out(method.model, 2)
+    nn.init.normal_(method.model.colours.weight, std=0.2, generator=seeded(8))
+    kept = torch.tensor([[True, False, False, False, False, True], [False, False, False, True, False, False]])
+    alone = [gradient(method, sample_of(rollout, own), [Truncation(kept[own : own + 1])]) for own in range(2)]
+    same(gradient(method, rollout, [Truncation(kept)]), sum(alone) / 2)
+    x, path, sigmas = rollout.path[0, :1], rollout.path[:, :1], rollout.sigmas
+    x = x + (sigmas[1] - sigmas[0]) * velocity(method.model, rollout.conditioning[:1], x, sigmas[0])
+    x = x + (path[5] - path[1])
+    x = x + (sigmas[6] - sigmas[5]) * velocity(method.model, rollout.conditioning[:1], x, sigmas[5])
+    same(alone[0], uncut(method.model, [x], PLAIN, None))
+
+
 def test_several_draws_give_the_mean_of_their_gradients_in_one_pass_or_many() -> None:
     method = make_method()
     rollout, weights = roll_out(method.model), torch.tensor([1.0, -0.5, 0.2])
@@ -224,6 +239,8 @@ def test_the_model_is_called_where_a_sample_keeps_its_velocity_and_at_the_end() 
     kept[0, 3] = kept[2, 1] = True
     x_0_hat = method.predict(rollout, [Truncation(kept)])
     assert torch.equal(torch.stack(method.model.asked), rollout.sigmas[[1, 3, 5]])
+    assert method.calls(Truncation(kept), 3) == 3 * 3
+    assert method.calls(Truncation(torch.zeros(3, STEPS, dtype=torch.bool)), 3) == 3
     torch.testing.assert_close(x_0_hat.detach(), rollout.x_0, rtol=1e-12, atol=1e-14)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from srpo_cli.algorithms.base import ControlWords, Rollout
 from srpo_cli.algorithms.direct_align import DirectAlign
-from srpo_cli.algorithms.draft import DRaFT, RenoisedDraws, Tail, TailDraws
+from srpo_cli.algorithms.draft import DRaFT, Renoised, RenoisedDraws, Tail, TailDraws
 from srpo_cli.algorithms.judging import DirectMethod
 from srpo_cli.algorithms.refl import Late, ReFL
 from srpo_cli.algorithms.srpo import Injection
@@ -138,6 +138,13 @@ def test_the_tail_ends_where_the_rollout_did() -> None:
     method = make_method()
     rollout = roll_out(method.model)
     assert torch.equal(method.predict(rollout, [Tail(3)]), rollout.x_0)
+
+
+@pytest.mark.parametrize("draw", [Tail(1), Tail(3), Renoised(torch.tensor([5, 6, 7]))])
+def test_the_calls_of_a_draw_are_those_that_it_makes(draw: Tail | Renoised) -> None:
+    method = make_method()
+    method.predict(roll_out(method.model), [draw])
+    assert method.calls(draw, 3) == 3 * len(method.model.asked)
 
 
 def test_one_step_is_refl_at_the_last_step() -> None:

@@ -127,6 +127,26 @@ def log_probs(grpo: GRPO, rollout: Rollout, draw: Transition) -> tuple[Tensor, T
     return tuple(torch.stack(column) for column in zip(*found, strict=True))
 
 
+def test_the_calls_of_a_draw_are_those_that_its_backward_makes() -> None:
+    grpo = make_grpo()
+    rollout, ((draw, *_),) = sample(grpo, 3), lots_of(3)
+    grpo.model.asked.clear()
+    grpo.backward(rollout, [draw], 0)
+    assert grpo.calls(draw, 3) == sum(grpo.model.asked) == 3
+
+
+@pytest.mark.parametrize("over", ["group", "batch"])
+def test_a_policy_compares_pictures_as_it_was_told_to(over: str) -> None:
+    rewards = torch.tensor([0.0, 0.1, 0.2, 9.0, 0.5, 0.4])
+    grpo = make_grpo(group=3, over=over, advantage_clip=1.0)
+    assert torch.equal(grpo.advantages(rewards), advantages(rewards, 3, over, 1.0))
+    assert grpo.advantages(rewards).abs().max() == 1
+    others = [make_grpo(group=2, over=over), make_grpo(group=3, over=over, advantage_clip=5.0)]
+    assert not any(torch.equal(grpo.advantages(rewards), other.advantages(rewards)) for other in others)
+    with pytest.raises(UsageError, match="no whole number of groups of 3"):
+        grpo.advantages(rewards[:5])
+
+
 # --- the ratio ------------------------------------------------------------------------------------------
 
 

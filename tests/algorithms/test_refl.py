@@ -195,6 +195,7 @@ def test_the_model_is_called_once_at_the_drawn_levels() -> None:
     metrics = method.backward(rollout, [Late(torch.tensor([1, 2, 6]))], 0)
     (asked,) = method.model.asked
     assert torch.equal(asked, rollout.sigmas[[5, 4, 0]])
+    assert method.calls(Late(torch.tensor([1, 2, 6])), 3) == len(asked) == 3
     assert set(metrics) == {"loss", "late/loss", "late/reward"}
 
 

@@ -91,5 +91,5 @@ def test_mistakes_are_one_line_on_stderr(srpo):
     assert outcome.exit_code == 2
     assert outcome.stdout == ""
     assert outcome.stderr.splitlines() == [
-        "error: Unknown preset 'realsm'. Did you mean 'realism'? Available: lighting, realism, style."
+        "error: Unknown preset 'realsm'. Did you mean 'realism'? Available: baselines, lighting, realism, style."
     ]

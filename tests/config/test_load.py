@@ -61,7 +61,7 @@ def test_the_presets_of_the_paper_are_shipped():
 @pytest.mark.parametrize(("name", "variant", "miniature"), forms())
 def test_a_shipped_preset_resolves_and_names_parts_that_exist(name, variant, miniature):
     config = load_train_config(name, variant=variant, miniature=miniature).config
-    check_parts(config.model.name, config.reward.name, config.algorithm.name)
+    check_parts(config.model.name, config.reward.parts, config.algorithm.name)
     assert config.description
     assert (config.model.name == "miniature") is miniature
 
@@ -86,6 +86,42 @@ def test_text_that_looks_like_something_else_survives_being_written_out(preset_f
     words = ["no", "1e-5", "null", "a: b", "# c", "{d}"]
     resolved = load_train_config(preset_file(SMALLEST), flags={"control_words.positive": words})
     assert load_train_config(preset_file(dump_yaml(resolved))).config.control_words.positive == tuple(words)
+
+
+OTHERS = """
+  others:
+    pickscore: 0.5
+    clip:ViT-L-14/openai: {weight: -1e-2, weights: clip.pt}
+    ./judge.py:Best: {}
+"""
+
+
+def test_rewards_are_mixed_in_a_file_and_survive_being_written_out(preset_file):
+    text = SMALLEST.replace("reward: {name: miniature}", f"reward:\n  name: miniature\n  weight: 2{OTHERS}")
+    resolved = load_train_config(preset_file(text))
+    parts = {name: (part.weight, part.weights) for name, part in resolved.config.reward.parts.items()}
+    assert parts == {
+        "miniature": (2, None),
+        "./judge.py:Best": (1, None),
+        "clip:ViT-L-14/openai": (-0.01, Path("clip.pt")),
+        "pickscore": (0.5, None),
+    }
+    again = load_train_config(preset_file(dump_yaml(resolved)))
+    assert again.config == resolved.config
+    assert again.config.model_dump_json() == resolved.config.model_dump_json()  # which a checkpoint's digest is of
+
+
+def test_rewards_are_mixed_by_set_in_any_order_and_as_a_whole(preset_file):
+    file = preset_file(SMALLEST.replace("{name: miniature}", "{name: miniature, others: {imagereward: 3}}"))
+    either, other = ("clip:ViT-L-14/openai: 0.5", "aesthetic-v2.5: -1")
+    first, second = (
+        load_train_config(file, overrides=[f"reward.others={{{text}}}"])
+        for text in (f"{either}, {other}", f"{other}, {either}")
+    )
+    assert first.config.model_dump_json() == second.config.model_dump_json()
+    assert list(first.config.reward.parts) == ["miniature", "aesthetic-v2.5", "clip:ViT-L-14/openai"]
+    assert first.origins["reward.others"] == "--set"
+    assert list(load_train_config(file, overrides=["reward.others={}"]).config.reward.parts) == ["miniature"]
 
 
 def test_the_realism_preset_is_the_published_run():
@@ -156,7 +192,16 @@ def test_set_takes_a_whole_section_and_null():
         ("algoritm.window=1", ["Did you mean algorithm.window?"]),
         ("steps=3", ["rollout.steps or train.steps or sampling.steps"]),
         ("rollout.stepz=3", ["Did you mean rollout.steps?"]),
-        ("train.steps.more=3", ["Unknown key 'train.steps.more'"]),
+        ("train.steps.more=3", ["Unknown key 'train.steps.more'", "train.steps is set as a whole"]),
+        ("reward.others.hpsv2.1=3", ["'reward.others.hpsv2.1'", "reward.others is set as a whole", "{NAME: WEIGHT}"]),
+        ("reward.others=hpsv2.1", ["reward.others is hpsv2.1, from --set: should be a mapping", "{NAME: WEIGHT}"]),
+        ("reward.others={hpsv2.1: high}", ["reward.others is {hpsv2.1: high}, from --set: should be a valid number"]),
+        ("reward.others={hpsv2.1: {wieght: 1}}", ["reward.others is {hpsv2.1: {wieght: 1}}", "weight: , weights:"]),
+        ("reward.others={hpsv2.1: true}", ["reward.others is {hpsv2.1: true}, from --set: should be a number"]),
+        ("reward.others={miniature: 1}", ["reward.others names miniature, as reward.name does"]),
+        ("reward.weight=0", ["reward.weight is 0", "another value"]),
+        ("reward.pair=noise", ["reward.pair is noise", "'words' or 'picture'"]),
+        ("reward.pair_noise=0", ["reward.pair_noise is 0", "greater than 0"]),
         ("quux=3", ["Unknown key 'quux'", "srpo presets show"]),
         ("train.steps", ["key=value", "'train.steps'"]),
         ("train=3", ["train from --set should hold keys of its own, not 3"]),
@@ -179,6 +224,72 @@ def test_a_bad_override_is_refused_in_one_line(override, parts):
     message = refusal("realism", overrides=[override], miniature=True)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides", "parts"),
+    [
+        ("refl", ["algorithm.refl.steps_left=[0, 4]"], ["steps_left is [0, 4]", "1 <= fewest <= most", "[1, 10]"]),
+        ("refl", ["algorithm.refl.steps_left=[4, 2]"], ["steps_left is [4, 2]", "1 <= fewest <= most"]),
+        ("refl", ["rollout.steps=3"], ["steps_left is [1, 4] and rollout.steps is 3", "lower the one or raise"]),
+        ("draft", ["algorithm.draft.last_steps=11"], ["last_steps is 11 and rollout.steps is 10", "lower the one"]),
+        ("draft", ["algorithm.draft.noises=2"], ["noises is 2", "last_steps is 2", "set algorithm.draft.last_steps=1"]),
+        ("draft", ["algorithm.draft.include_last=true"], ["include_last is true", "set algorithm.draft.noises=2"]),
+        ("alignprop", ["algorithm.alignprop.truncation=[5, 3]"], ["truncation is [5, 3]", "0 <= low <= high"]),
+        (
+            "alignprop",
+            ["algorithm.alignprop.truncation=[0, 11]"],
+            ["[0, 11] and rollout.steps is 10", "within [0, 10]"],
+        ),
+        ("alignprop", ["algorithm.alignprop.truncation=[10, 10]"], ["keep a step", "[9, 9] keeps the last alone"]),
+        ("dance-grpo", ["rollout.steps=1"], ["rollout.steps is 1", "set rollout.steps=2 or more"]),
+        (
+            "dance-grpo",
+            ["algorithm.pairs=6"],
+            [
+                "algorithm.pairs is 6, and dance-grpo trains 5 of the 10 steps",
+                "lower algorithm.pairs, or raise rollout",
+            ],
+        ),
+        ("dance-grpo", ["algorithm.grpo.noise_level=0"], ["noise_level is 0", "above 0", "0.3 for dance-grpo", "srpo"]),
+        ("dance-grpo", ["algorithm.grpo.group=1"], ["group is 1", "greater than or equal to 2"]),
+        ("dance-grpo", ["algorithm.grpo.fraction=0"], ["fraction is 0", "greater than 0"]),
+        ("dance-grpo", ["train.batch_size=12"], ["batch_size is 12", "multiple of algorithm.grpo.group, which is 8"]),
+        ("dance-grpo", ["algorithm.grpo.kl=0.1"], ["kl is 0.1 and train.mode is full", "set train.mode=lora, or"]),
+        ("dance-grpo", ["algorithm.hinge=0.5"], ["algorithm.hinge", "no effect", "'dance-grpo'"]),
+        ("refl", ["algorithm.grpo.clip=0.5"], ["algorithm.grpo.clip", "no effect", "algorithm.name=dance-grpo"]),
+        ("refl", ["algorithm.window=[0.5, 0.9]"], ["algorithm.window", "no effect", "algorithm.name=srpo"]),
+        ("refl", ["rollout.replay=1"], ["rollout.replay is 1", "set rollout.replay=0", "srpo or direct-align"]),
+        ("refl", ["algorithm.schedule=reference"], ["schedule is reference", "set algorithm.schedule=sigma"]),
+        (
+            "refl",
+            ["rollout.source=pictures", "rollout.pictures=list.jsonl"],
+            ["rollout.source is pictures", "set rollout.source=model", "srpo or direct-align"],
+        ),
+        ("flow-grpo", ["rollout.guidance=1"], ["rollout.guidance is 1 and algorithm.guidance is 3.5", "one value"]),
+        ("direct-align", ["algorithm.branches=[invert]"], ["algorithm.branches", "no effect", "algorithm.name=srpo"]),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_in_one_line_with_what_it_can(variant, overrides, parts):
+    message = refusal(f"baselines:{variant}", overrides=overrides, miniature=True)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides"),
+    [
+        ("refl", ["rollout.steps=4", "rollout.guidance=1"]),  # it calls the model once, under its own guidance
+        ("draft", ["algorithm.draft.last_steps=10"]),
+        ("alignprop", ["algorithm.alignprop.truncation=[9, 10]"]),
+        ("dance-grpo", ["algorithm.pairs=5", "algorithm.grpo.kl=0.1", "train.mode=lora"]),
+        ("flow-grpo", ["algorithm.pairs=9", "train.batch_size=8"]),
+        ("direct-align", ["rollout.replay=1", "rollout.steps=1"]),
+    ],
+)
+def test_a_method_may_go_as_far_as_the_sampler(variant, overrides):
+    load_train_config(f"baselines:{variant}", overrides=overrides, miniature=True)
 
 
 def test_a_knob_that_the_schedule_does_not_have_is_refused_only_where_a_user_turns_it():

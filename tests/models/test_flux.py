@@ -206,6 +206,45 @@ def test_elsewhere_trained_and_frozen_parts_have_the_dtypes_they_are_given(pipel
     assert load_flux(str(pipeline_folder), torch.bfloat16, "meta").vae.dtype == torch.bfloat16
 
 
+def test_the_untrained_velocity_is_the_bases_to_the_bit_and_leaves_the_lora_on(pipeline_folder: Path) -> None:
+    flux = load_flux(str(pipeline_folder))
+    asked = flux.noise(2, SIZE, seeded()), torch.tensor([0.3, 0.8]), flux.encode_prompts(PROMPTS), 3.5, SIZE
+    with torch.no_grad():
+        base = flux.velocity(*asked)
+        flux.add_lora(4, seed=1)
+        for parameter in flux.trainable_parameters():
+            parameter.normal_(std=0.1, generator=seeded(2))
+    trained = flux.velocity(*asked)
+    assert not torch.allclose(trained, base, atol=1e-2)
+    with torch.no_grad():
+        untrained = flux.untrained_velocity(*asked)
+    assert torch.equal(untrained, base)
+    trained.sum().backward()  # a graph from before goes backward as if nothing had been in between
+    before = [parameter.grad for parameter in flux.trainable_parameters()]
+    for parameter in flux.trainable_parameters():
+        assert parameter.requires_grad
+        parameter.grad = None
+    again = flux.velocity(*asked)
+    assert torch.equal(again, trained)
+    again.sum().backward()
+    after = [parameter.grad for parameter in flux.trainable_parameters()]
+    assert all(torch.equal(one, other) and one.abs().max() > 0 for one, other in zip(before, after, strict=True))
+
+
+def test_the_lora_is_back_on_where_the_untrained_velocity_fails(pipeline_folder: Path) -> None:
+    flux = load_flux(str(pipeline_folder))
+    flux.add_lora(4, seed=1)
+    with torch.no_grad():
+        for parameter in flux.trainable_parameters():
+            parameter.normal_(std=0.1, generator=seeded(2))
+        asked = torch.tensor(0.5), flux.encode_prompts(PROMPTS), 3.5, SIZE
+        latents = flux.noise(2, SIZE, seeded())
+        trained = flux.velocity(latents, *asked)
+        with pytest.raises(RuntimeError):
+            flux.untrained_velocity(latents[..., :1], *asked)
+        assert torch.equal(flux.velocity(latents, *asked), trained)
+
+
 def test_a_tuned_transformer_takes_the_place_of_the_pipelines(
     flux: Flux, pipeline_folder: Path, tmp_path: Path
 ) -> None:

@@ -158,6 +158,22 @@ def test_a_reward_that_cannot_be_counted_is_said_to_be_missing_from_the_figures(
     assert counts.uncounted == "reward imagereward, whose network is not a CLIP"
 
 
+def test_mixed_rewards_are_counted_together():
+    others = {"clip:ViT-B-32": {"weight": 0.5}, "imagereward": {}, "aesthetic-v2.5": {}}
+    mixed, one = (
+        count(changed(MINIATURE, **reward), torch.float32)
+        for reward in ({"reward__others": others}, {"reward__name": "clip:ViT-B-32"})
+    )
+    own = count(MINIATURE, torch.float32)
+    assert mixed.reward_parameters == own.reward_parameters + one.reward_parameters
+    for what in ("forward", "both", "recomputed", "saved", "stash"):
+        assert getattr(mixed.reward, what) == getattr(own.reward, what) + getattr(one.reward, what) > 0
+    assert mixed.reward.widest == max(own.reward.widest, one.reward.widest)
+    assert mixed.uncounted == (
+        "reward aesthetic-v2.5, whose network is not a CLIP, and reward imagereward, whose network is not a CLIP"
+    )
+
+
 def test_a_run_on_a_cpu_counts_nothing(monkeypatch):
     monkeypatch.setattr(planning, "count", lambda *_: pytest.fail("counted"))
     settings = plan_run(MINIATURE, torch.device("cpu"), ranks_size=2, local_size=2).settings

@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageStat
 
+from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.config.schema import RewardConfig
 from srpo_cli.errors import MissingError, SrpoError, UsageError
 from srpo_cli.recipes.parts import load_reward, load_training_reward
@@ -31,6 +32,7 @@ from srpo_cli.trust import digest_of, trust
 PLUGINS = Path(__file__).parent / "plugins"
 DOCS = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 CPU = torch.device("cpu")
+WORDS = ControlWords(["photo"], ["render"])
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +113,7 @@ def test_a_built_in_reward_behind_a_plugin_scores_and_trains_as_it_is(write, ima
         assert torch.equal(mine.via(mode)(images, texts), built_in.via(mode)(images, texts))
     assert mine.via("training").preprocess == built_in.via("training").preprocess
     gradients = []
-    for reward in (load_training_reward(RewardConfig(name=str(path)), CPU), built_in.via("training")):
+    for reward in (load_training_reward(RewardConfig(name=str(path)), WORDS, CPU), built_in.via("training")):
         leaf = images.clone().requires_grad_()
         sum(reward.scores(leaf, texts, texts[::-1])).sum().backward()
         gradients.append(leaf.grad)
@@ -201,9 +203,9 @@ def test_weights_for_a_reward_that_takes_none(write, tmp_path):
 def test_what_has_no_gradient_or_reads_no_text_does_not_train(write):
     trust(PLUGINS / "brightness.py")
     with pytest.raises(UsageError, match=r"brightness.py reads no text"):
-        load_training_reward(RewardConfig(name=str(PLUGINS / "brightness.py")), CPU)
+        load_training_reward(RewardConfig(name=str(PLUGINS / "brightness.py")), WORDS, CPU)
     with pytest.raises(UsageError, match=r"judge.py has no gradient"):
-        load_training_reward(RewardConfig(name=str(write(function("...")))), CPU)
+        load_training_reward(RewardConfig(name=str(write(function("...")))), WORDS, CPU)
 
 
 # A file's code runs only as it was read

@@ -56,6 +56,11 @@ def realism(**changes: object) -> TrainConfig:
     return TrainConfig.model_validate(values)
 
 
+def method(name: str, **changes: object) -> TrainConfig:
+    """The realism preset with another method, and some values changed."""
+    return realism(algorithm__name=name, algorithm__schedule="sigma", rollout__guidance=3.5, **changes)
+
+
 def recount(config: TrainConfig) -> Counts:
     return LORA_720 if config.train.mode == "lora" else FLUX_720
 
@@ -175,6 +180,100 @@ def test_work_of_a_step_by_hand():
     assert chosen.flops_per_step == pytest.approx(1252e12, rel=0.01)  # without the judging of the rollout itself
 
 
+def grpo(**changes: object) -> TrainConfig:
+    """DanceGRPO with its published settings on FLUX."""
+    return method("dance-grpo", rollout__steps=16, train__batch_size=12, **{"algorithm__pairs": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    ("config", "forwards", "calls", "judged"),
+    [
+        (method("direct-align"), 25, 1, 1),
+        (method("direct-align", algorithm__pairs=3), 25, 3, 3),
+        (method("refl"), 25, 1, 1),
+        (method("draft", algorithm__draft={"last_steps": 4}), 25, 4, 1),
+        (method("draft", algorithm__draft={"noises": 2}), 25, 2, 2),
+        (method("draft", algorithm__draft={"noises": 2, "include_last": True}, algorithm__pairs=2), 25, 6, 6),
+        (method("alignprop", algorithm__alignprop={"truncation": [0, 0]}), 25, 25, 1),
+        (method("alignprop", algorithm__alignprop={"truncation": [24, 24]}), 25, 1, 1),
+        # Lots of 3, 2, 2, 2 steps: those of the last three are remembered.
+        (grpo(), 12 * (16 + 6), 12 * 9, 0),
+        (grpo(train__mode="lora", algorithm__grpo={"kl": 0.1}), 12 * (16 + 6 + 9), 12 * 9, 0),
+    ],
+)
+def test_work_of_a_step_by_every_method_by_hand(config, forwards, calls, judged):
+    fixed = {"memory__transformer_checkpointing": True, "memory__vae_checkpointing": False}
+    values = config.model_dump()
+    values["memory"] |= {key.partition("__")[2]: value for key, value in fixed.items()}
+    chosen, counts = plan(TrainConfig.model_validate(values), "b200"), recount(config)
+    assert (chosen.forwards_per_step, chosen.gradient_passes_per_step) == (forwards, calls)
+    measured = config.train.batch_size * (5.04e12 + 0.335e12)
+    expected = forwards * 37.28e12 + measured + calls * counts.transformer.recomputed + judged * (10.21e12 + 0.68e12)
+    assert chosen.flops_per_step == pytest.approx(expected)
+
+
+def test_alignprop_is_expected_to_call_the_model_where_any_sample_of_a_pass_keeps_its_velocity():
+    config = method("alignprop", rollout__steps=4, train__batch_size=4, memory__micro_batch=2)
+    # Step i keeps its gradient with probability (i + 1) / 5, and the last is called in any case.
+    expected = 4 * sum(1 - (1 - chance) ** 2 for chance in (1 / 5, 2 / 5, 3 / 5)) + 4
+    assert plan(config, "b200").gradient_passes_per_step == pytest.approx(expected)
+
+
+LORA_HELD = {"train__mode": "lora", "memory__transformer_checkpointing": True, "memory__micro_batch": 1}
+
+
+def test_a_graph_of_several_calls_is_held_whole_until_the_picture_is_judged():
+    held = {
+        steps: plan(method("draft", algorithm__draft={"last_steps": steps}, **LORA_HELD), "b200").memory_gib
+        for steps in (1, 4)
+    }
+    stash = LORA_720.transformer.stash / GIB
+    assert held[4]["activations"] - held[1]["activations"] == pytest.approx(3 * stash)
+    whole = plan(method("alignprop", **LORA_HELD), "b200").memory_gib
+    assert whole["activations"] == pytest.approx(25 * stash)
+    late = plan(method("alignprop", algorithm__alignprop={"truncation": [5, 20]}, **LORA_HELD), "b200").memory_gib
+    assert late["activations"] == pytest.approx(20 * stash)
+
+
+def test_several_noises_in_one_pass_and_not_the_branches_that_only_srpo_has():
+    three = {"noises": 2, "include_last": True}
+    together, apart, single = (
+        plan(method("draft", algorithm__draft=draft, memory__batch_branches=batched, **LORA_HELD), "b200").memory_gib
+        for draft, batched in ((three, True), (three, False), ({}, True))
+    )
+    stash = LORA_720.transformer.stash / GIB
+    assert apart["activations"] == pytest.approx(single["activations"])
+    assert together["activations"] == pytest.approx(3 * stash)
+    assert single["activations"] == pytest.approx(stash)
+
+
+def test_a_policy_keeps_no_graph_of_decoder_and_reward():
+    config = grpo(memory__batch_branches=False, **LORA_HELD)
+    chosen = plan(config, "b200")
+    assert chosen.stage == "backward"
+    assert chosen.memory_gib["decoder"] == pytest.approx(2 * FLUX_720.decoder_parameters / GIB)
+    assert chosen.memory_gib["reward"] == pytest.approx(2 * FLUX_720.reward_parameters / GIB)
+    work = FLUX_720.transformer
+    assert chosen.memory_gib["activations"] == pytest.approx((work.stash + work.block + 2 * work.widest) / GIB)
+    lot = plan(grpo(memory__batch_branches=True, **LORA_HELD), "b200").memory_gib["activations"]
+    assert lot == pytest.approx(3 * chosen.memory_gib["activations"])
+
+
+@pytest.mark.parametrize("config", [method("draft", algorithm__draft={"last_steps": 2}), method("alignprop")])
+def test_a_graph_of_several_calls_is_not_sharded(config):
+    fitting = plan(config, "h100", 8)
+    assert "sharded" not in fitting.name
+    values = config.model_dump()
+    values["memory"]["plan"] = "sharded"
+    with pytest.raises(UsageError, match="of several calls of the model it makes one graph"):
+        plan(TrainConfig.model_validate(values), "h100", 8)
+
+
+@pytest.mark.parametrize("config", [method("draft"), method("refl"), grpo()])
+def test_a_single_call_is(config):
+    assert plan(config, "h100", 8).name == "sharded"
+
+
 def test_replayed_rollouts_and_given_pictures_cost_no_forwards():
     assert plan(realism(rollout__replay=4), "h100").forwards_per_step == 5
     pictures = realism(rollout__source="pictures", rollout__pictures="pictures.csv")
@@ -194,6 +293,12 @@ def test_checkpoints_on_disk_by_hand():
     prompts = 20 + 32  # of 20 steps, and held out
     kept_and_written = 2 + 1  # the oldest goes when the newest is whole
     assert chosen.disk_gib == pytest.approx((kept_and_written * (4 + 2 + 4) * P + prompts * 4_195_840) / GIB)
+
+
+def test_a_group_has_one_prompt_to_keep():
+    chosen = plan(grpo(train__mode="lora", prompts__limit=None), "h200")
+    checkpoints = (2 + 1) * (4 + 8) * LORA_720.lora
+    assert chosen.disk_gib == pytest.approx((checkpoints + (20 + 32) * 4_195_840) / GIB)
 
 
 @pytest.mark.parametrize(
