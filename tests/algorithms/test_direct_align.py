@@ -2,115 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from linear_flow import (
+    PLAIN,
+    RELATIVE,
+    SIZE,
+    generators,
+    gradient,
+    make_method,
+    roll_out,
+    same,
+    sample_of,
+    seeded,
+    uncut,
+    velocity,
+)
+from torch import Tensor
 
-from srpo_cli.algorithms.base import ControlWords, Rollout
+from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.algorithms.direct_align import DirectAlign
-from srpo_cli.algorithms.judging import DirectMethod
 from srpo_cli.algorithms.srpo import SRPO, ReferenceDraws, SigmaDraws
-from srpo_cli.core.sampling import euler_sample
-from srpo_cli.core.schedule import expand_to, shifted_sigmas
 from srpo_cli.errors import UsageError
 from srpo_cli.rewards.augment import Augment
 
-SIZE = (8, 8)
-STEPS = 6
-CHANNELS = {"red": 0, "green": 1, "blue": 2}
-PLAIN, RELATIVE = (0.0, 1.0, 0.0), (1.0, 0.0, -1.0)  # of the colours: what the prompt "green" and the two words ask
 DRAWS = SigmaDraws(window=(0.3, 0.9), delta_sigma=0.1, branches=("denoise",))
-
-
-class LinearFlow(nn.Module):
-    """Velocity of the flow to a grey of each sample's own, plus a learned linear map of the colours; decodes softly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.colours = nn.Conv2d(3, 3, 1, dtype=torch.float64)
-        nn.init.normal_(self.colours.weight, std=0.2, generator=seeded(9))
-        nn.init.zeros_(self.colours.bias)
-        self.asked: list[Tensor] = []
-
-    def velocity(
-        self, latents: Tensor, sigma: Tensor, conditioning: Tensor, guidance: float, size: tuple[int, int]
-    ) -> Tensor:
-        self.asked.append(sigma)
-        towards = (latents - expand_to(conditioning, latents)) / expand_to(sigma.expand(len(latents)), latents)
-        return towards + self.colours(latents)
-
-    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        return latents.sigmoid()
-
-
-class ColourMean:
-    """The reward for a text is the mean of the colour that it begins with."""
-
-    def scores(self, images: Tensor, *texts: Sequence[str]) -> tuple[Tensor, ...]:
-        means = images.mean((-2, -1))
-        return tuple(
-            torch.stack([mean[CHANNELS[text.split(".")[0]]] for mean, text in zip(means, column, strict=True)])
-            for column in texts
-        )
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def generators(batch: int, seed: int = 0) -> list[torch.Generator]:
-    return [seeded(100 * seed + sample) for sample in range(batch)]
-
-
-def make_method(kind: type[DirectMethod] = DirectAlign, **options: object) -> DirectMethod:
-    return kind(LinearFlow(), ColourMean(), ControlWords(["red"], ["blue"]), guidance=1.0, **options)
-
-
-def velocity(model: LinearFlow, conditioning: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-    return model.velocity(x, sigma, conditioning, 1.0, SIZE)
-
-
-def roll_out(model: LinearFlow, batch: int = 3, seed: int = 0) -> Rollout:
-    """Samples with the path that the sampler took to them."""
-    noise = torch.randn(batch, 3, *SIZE, generator=seeded(seed), dtype=torch.float64)
-    conditioning = torch.linspace(-0.5, 0.5, batch, dtype=torch.float64)
-    sigmas, path = shifted_sigmas(STEPS, 2.0, torch.float64), [noise]
-    flow = partial(velocity, model, conditioning)
-    with torch.no_grad():
-        for step in range(STEPS):
-            path.append(euler_sample(flow, path[-1], sigmas[step : step + 2]))
-    model.asked.clear()
-    return Rollout(path[-1], noise, ["green"] * batch, conditioning, SIZE, sigmas, torch.stack(path))
-
-
-def sample_of(rollout: Rollout, sample: int) -> Rollout:
-    own = slice(sample, sample + 1)
-    parts = (rollout.x_0[own], rollout.eps[own], rollout.prompts[own], rollout.conditioning[own])
-    return Rollout(*parts, SIZE, rollout.sigmas, rollout.path[:, own])
-
-
-def gradient(method: DirectMethod, rollout: Rollout, draws: Sequence[object], **options: object) -> Tensor:
-    method.model.zero_grad()
-    method.backward(rollout, draws, 0, **options)
-    return torch.cat([parameter.grad.flatten() for parameter in method.model.parameters()])
-
-
-def uncut(model: LinearFlow, predictions: Sequence[Tensor], colours: Sequence[float], hinge: float | None) -> Tensor:
-    """The gradient of the mean loss of single pictures' latents, by autograd alone."""
-    weights = torch.tensor(colours, dtype=torch.float64)
-    rewards = [(model.decode(x, SIZE).mean((-2, -1)) * weights).sum() for x in predictions]
-    losses = [-reward if hinge is None else (hinge - reward).clamp(min=0) for reward in rewards]
-    parts = torch.autograd.grad(sum(losses) / len(losses), list(model.parameters()))
-    return torch.cat([part.flatten() for part in parts])
-
-
-def same(first: Tensor, second: Tensor) -> None:
-    assert second.norm() > 1e-5
-    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
 
 
 # --- the gradient -----------------------------------------------------------------------------------------------------
@@ -118,7 +36,7 @@ def same(first: Tensor, second: Tensor) -> None:
 
 @pytest.mark.parametrize(("relative", "hinge"), [(False, None), (False, 0.5), (True, None), (True, 0.1)])
 def test_the_gradient_is_that_of_a_plain_loop(relative: bool, hinge: float | None) -> None:
-    method = make_method(relative=relative, hinge=hinge)
+    method = make_method(DirectAlign, relative=relative, hinge=hinge)
     rollout, predictions = roll_out(method.model, 4), []
     (injection,) = DRAWS.at(torch.tensor([0.4, 0.5, 0.62, 0.8], dtype=torch.float64))
     for sample in range(4):
@@ -133,7 +51,7 @@ def test_the_gradient_is_that_of_a_plain_loop(relative: bool, hinge: float | Non
 
 
 def test_the_relative_form_is_srpo_on_its_denoising_branch() -> None:
-    relative, srpo = make_method(relative=True), make_method(SRPO)
+    relative, srpo = make_method(DirectAlign, relative=True), make_method(SRPO)
     rollout = roll_out(relative.model)
     (draws,) = DRAWS.pairs(generators(3), 1)
     assert draws[0].positive_weight.eq(1).all() and draws[0].negative_weight.eq(-1).all()
@@ -141,7 +59,7 @@ def test_the_relative_form_is_srpo_on_its_denoising_branch() -> None:
 
 
 def test_the_word_weights_of_its_draws_are_not_read() -> None:
-    method = make_method()
+    method = make_method(DirectAlign)
     rollout = roll_out(method.model)
     weighed = replace(DRAWS, common_weight=(3.0, -2.0), semantic_weight=(0.1, 0.2))
     found = [gradient(method, rollout, draws.pairs(generators(3), 1)[0]) for draws in (DRAWS, weighed)]
@@ -149,7 +67,7 @@ def test_the_word_weights_of_its_draws_are_not_read() -> None:
 
 
 def test_the_hinge_silences_the_samples_beyond_it() -> None:
-    method = make_method()
+    method = make_method(DirectAlign)
     rollout = roll_out(method.model)
     ((draw, *_),) = DRAWS.pairs(generators(3), 1)
     (trace,) = method.backward_pass(rollout, [draw], 0)
@@ -160,7 +78,7 @@ def test_the_hinge_silences_the_samples_beyond_it() -> None:
 
 
 def test_a_batch_and_its_samples_one_by_one_give_the_same_gradient() -> None:
-    method = make_method()
+    method = make_method(DirectAlign)
     rollout = roll_out(method.model, 2)
     (draws,) = DRAWS.pairs(generators(2), 1)
     alone = [
@@ -172,7 +90,7 @@ def test_a_batch_and_its_samples_one_by_one_give_the_same_gradient() -> None:
 
 
 def test_several_draws_give_the_mean_of_their_gradients_in_one_pass_or_many() -> None:
-    method = make_method()
+    method = make_method(DirectAlign)
     rollout, weights = roll_out(method.model), torch.tensor([1.0, -0.5, 0.2])
     draws = [draw for lot in DRAWS.pairs(generators(3), 3) for draw in lot]
     alone = [gradient(method, rollout, [draw], weights=weights) for draw in draws]
@@ -182,7 +100,7 @@ def test_several_draws_give_the_mean_of_their_gradients_in_one_pass_or_many() ->
 
 
 def test_what_belongs_to_the_rollout_is_constant() -> None:
-    method = make_method()
+    method = make_method(DirectAlign)
     rollout = roll_out(method.model)
     constants = (rollout.x_0, rollout.eps, rollout.path)
     for tensor in constants:
@@ -192,7 +110,7 @@ def test_what_belongs_to_the_rollout_is_constant() -> None:
 
 
 def test_the_augmentation_is_as_random_as_its_generators_and_the_same_in_one_pass() -> None:
-    method = make_method(augment=Augment(shift=2, noise=0.1))
+    method = make_method(DirectAlign, augment=Augment(shift=2, noise=0.1))
     rollout = roll_out(method.model)
     draws = [draw for lot in DRAWS.pairs(generators(3), 2) for draw in lot]
     options = [(1, False), (1, True), (2, False)]
@@ -204,7 +122,7 @@ def test_the_augmentation_is_as_random_as_its_generators_and_the_same_in_one_pas
 
 
 def test_twenty_steps_raise_the_reward() -> None:
-    method = make_method()
+    method = make_method(DirectAlign)
     optimizer = torch.optim.AdamW(method.model.parameters(), lr=0.03)
     rewards = []
     for step in range(21):
@@ -222,7 +140,7 @@ def test_twenty_steps_raise_the_reward() -> None:
 
 
 def test_the_reference_draws_tell_the_model_a_truncated_time() -> None:
-    method = make_method()
+    method = make_method(DirectAlign)
     draws = ReferenceDraws(branches=("denoise",))
     metrics = method.backward(roll_out(method.model), draws.at(500, 3), 0)
     assert method.model.asked[0].tolist() == [0.878] * 3
@@ -230,7 +148,7 @@ def test_the_reference_draws_tell_the_model_a_truncated_time() -> None:
 
 
 def test_inverting_draws_are_refused() -> None:
-    method = make_method()
+    method = make_method(DirectAlign)
     with pytest.raises(UsageError, match=r"only denoises.*\[denoise\]"):
         method.backward(roll_out(method.model), SigmaDraws((0.3, 0.9), 0.1).draw(3, seeded()), 0)
 
@@ -244,7 +162,7 @@ def picture() -> Tensor:
 
 
 def test_what_is_trained_is_the_plain_reward_or_the_difference_of_the_words() -> None:
-    plain, relative = make_method(), make_method(relative=True)
+    plain, relative = make_method(DirectAlign), make_method(DirectAlign, relative=True)
     relative.control_words = ControlWords(["red", "green"], ["blue"])
     torch.testing.assert_close(plain.judge(picture(), ["green"], 1), torch.tensor([0.2]))
     torch.testing.assert_close(relative.judge(picture(), ["green"], 0), torch.tensor([0.6 - 0.1]))
@@ -253,7 +171,7 @@ def test_what_is_trained_is_the_plain_reward_or_the_difference_of_the_words() ->
 
 @pytest.mark.parametrize("augment", [None, Augment(shift=2)])
 def test_what_is_measured_is_the_plain_reward_and_the_gap_over_all_words(augment: Augment | None) -> None:
-    method = make_method(augment=augment)
+    method = make_method(DirectAlign, augment=augment)
     method.control_words = ControlWords(["red", "green"], ["blue"])
     reward, gap = method.measure(picture(), ["green"], generator=seeded())
     torch.testing.assert_close(reward, torch.tensor([0.2]))
@@ -261,7 +179,7 @@ def test_what_is_measured_is_the_plain_reward_and_the_gap_over_all_words(augment
 
 
 def test_reward_and_gap_see_augmented_pictures_and_the_measured_reward_does_not() -> None:
-    method = make_method(augment=lambda images, generator: images / 2)
+    method = make_method(DirectAlign, augment=lambda images, generator: images / 2)
     torch.testing.assert_close(method.judge(picture(), ["green"], 0), torch.tensor([0.1]))
     reward, gap = method.measure(picture(), ["green"])
     torch.testing.assert_close(reward, torch.tensor([0.2]))
