@@ -26,8 +26,8 @@ MAY_IMPORT = {  # room or file -> what of ours it may import beside itself; with
     "miniature/oracle": {"core", "metrics", "models", "rewards", *LEAVES},
     "miniature/measure": {"core", "metrics", "models", "rewards", *LEAVES},
     "runtime": {"core", "config", "miniature", *LEAVES},  # its weights for the doctor, its prompts
-    "pages": {"metrics", *LEAVES},
-    "study": {"metrics", "runtime", "config", "pages", "__version__", *LEAVES},
+    "pages": {"metrics", "runtime.folder", *LEAVES},
+    "study": {"metrics", "runtime", "__version__", *LEAVES},
     "recipes": {
         "algorithms",
         "models",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
@@ -47,7 +48,6 @@ srpo eval theirs=pictures/ --benchmark hpdv2 --style photo
 srpo eval show evals/miniature other/results.json --output evals/both"""
 
 RUN = "run"
-REPORT = "report.html"
 _FAIL_UNDER, _FAIL_OVER = "--fail-under", "--fail-over"
 _GATE_MISSED, _DONE_IN_PART = 5, 3
 _MINIATURE = "miniature"
@@ -56,7 +56,8 @@ _MOST_IMAGES = 64  # of a prompt, as in a benchmark's file
 app = typer.Typer(
     no_args_is_help=True,
     help="Measure models on a benchmark, with intervals and a report; run a human study.\n\n"
-    "srpo eval MODEL... --benchmark NAME is short for srpo eval run MODEL... --benchmark NAME.",
+    "srpo eval MODEL... --benchmark NAME is short for srpo eval run MODEL... --benchmark NAME; "
+    "srpo eval run --help lists its options.",
     epilog=EXAMPLES,
 )
 app.add_typer(rate.app, name="rate")
@@ -76,8 +77,9 @@ ModelsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[LABEL=]MODEL",
-        help="Base models, runs, checkpoints, tuned weights, LoRAs, or folders of pictures made elsewhere. The first "
-        "one is what the others are compared with.",
+        help="Base models, runs, checkpoints, tuned weights, LoRAs, or folders of pictures made elsewhere, named "
+        "00000.png and so on (for hpdv2 photo/00000.png) or listed in a samples.jsonl. The first one is what the "
+        "others are compared with.",
     ),
 ]
 
@@ -153,7 +155,13 @@ FailOverOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Pictures judged at a time.")]
 FolderOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to; if not given evals/BENCHMARK.")
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder to write to, on a disk that all --nodes share; if not given evals/BENCHMARK.",
+    ),
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust", help="Let Python files that are metrics run; needed once for each content.")
@@ -204,7 +212,7 @@ def run(
     """
     launch = plan_launch(gpus, nodes, rdzv, node_rank)
     say = speaker(launch)
-    with told_once():
+    with told_once(), _told_to_go_on(say):
         from srpo_cli.config.benchmark import benchmark_names
 
         if not benchmark:
@@ -214,31 +222,30 @@ def run(
         if prompts and _is_prompts(benchmark):
             raise UsageError(f"--benchmark {benchmark} is a file of prompts already: leave out --prompts {prompts}")
         gates = [
-            _Gate.read(flag, text, list(sources))
+            _Gate.read(flag, text, list(sources), chosen.metrics)
             for flag, texts in ((_FAIL_UNDER, fail_under), (_FAIL_OVER, fail_over))
             for text in texts or []
         ]
         places = _places(weights or [], chosen.metrics)
-        _check_reference(reference, chosen.metrics)
+        if reference and not {"fid", "kid"} & {metric_parts(metric)[0] for metric in chosen.metrics}:
+            raise UsageError(f"--reference {reference} is of no use without --metric fid or kid")
         for reward in rewards_of(chosen.metrics):
             admit_plugin(reward, trust, say)
     if launch:
         start(launch)
 
-    from srpo_cli.recipes import benchmark as recipe
-    from srpo_cli.runtime.devices import best_device
-    from srpo_cli.runtime.distributed import join_ranks
+    with _told_to_go_on(say):
+        from srpo_cli.pages.report import REPORT
+        from srpo_cli.recipes import benchmark as recipe
+        from srpo_cli.runtime.devices import best_device
+        from srpo_cli.runtime.distributed import join_ranks
 
-    bounded = [gate.measure for gate in gates]
-    request = recipe.Request(chosen, sources, prompts, limit, style, places, reference, batch_size, bounded)
-    folder = output or Path("evals") / chosen.name
-    with join_ranks(best_device(), exchange="cpu") as ranks:
-        try:
+        bounded = [gate.measure for gate in gates]
+        request = recipe.Request(chosen, sources, prompts, limit, style, places, reference, batch_size, bounded)
+        folder = output or Path("evals") / chosen.name
+        with join_ranks(best_device(), exchange="cpu") as ranks:
             result = recipe.evaluate(request, folder, ranks, say if download else None, say)
-        except KeyboardInterrupt:
-            say("stopped: the same command goes on with what is missing")
-            raise
-        ranks.wait()
+            ranks.wait()
     if ranks.leads:
         _print(result, output_format)
         say(f"report: {folder / REPORT}")
@@ -256,12 +263,23 @@ def show(
 
     What is compared has to be of one protocol, and the first model is what the others are compared with.
     """
+    from srpo_cli.pages.report import REPORT
     from srpo_cli.recipes.benchmark import show as put_together
 
     merged = put_together(results, output, allow_different)
     _print(merged, output_format)
     if output:
         note(f"report: {output / REPORT}")
+
+
+@contextmanager
+def _told_to_go_on(say: Callable[[str], None]) -> Iterator[None]:
+    """Who interrupts is told how to go on, from the first moment."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped: the same command goes on with what is missing")
+        raise
 
 
 # --- what is asked for --------------------------------------------------------------------------------------------
@@ -338,19 +356,6 @@ def _places(given: Sequence[str], metrics: Sequence[str]) -> dict[str, Path]:
     return places
 
 
-def _check_reference(reference: Path | None, metrics: Sequence[str]) -> None:
-    """UsageError for a folder that nothing is compared with, or that holds nothing to compare with."""
-    if reference is None:
-        return
-    if not {"fid", "kid"} & {metric_parts(metric)[0] for metric in metrics}:
-        raise UsageError(f"--reference {reference} is of no use without --metric fid or kid")
-    if not reference.is_dir():
-        raise UsageError(f"--reference {reference} is no folder: give one of pictures")
-    from srpo_cli.runtime.inputs import list_pictures
-
-    list_pictures([str(reference)])
-
-
 # --- what came out ------------------------------------------------------------------------------------------------
 
 
@@ -365,8 +370,11 @@ class _Gate:
     is_least: bool
 
     @classmethod
-    def read(cls, flag: str, text: str, labels: Sequence[str]) -> _Gate:
-        """``[LABEL:]MEASURE=VALUE``; without a label it is for all models."""
+    def read(cls, flag: str, text: str, labels: Sequence[str], metrics: Sequence[str]) -> _Gate:
+        """``[LABEL:]MEASURE=VALUE``; without a label it is for all models. A metric is one, whatever models are called.
+
+        So ``sgp:hpsv2.1=0`` is a bound of ``sgp:hpsv2.1``, though a model be called ``sgp``.
+        """
         name, _, value = text.rpartition("=")
         try:
             bound = float(value)
@@ -375,7 +383,7 @@ class _Gate:
         if not name or isnan(bound):
             raise UsageError(f"{flag} {text}: give MEASURE=VALUE, as in {flag} hps=0.28")
         label, _, measure = name.partition(":")
-        if label in labels and measure:
+        if label in labels and measure and name not in metrics:
             return cls(f"{flag} {text}", [label], measure, bound, flag == _FAIL_UNDER)
         return cls(f"{flag} {text}", labels, name, bound, flag == _FAIL_UNDER)
 
@@ -407,6 +415,13 @@ def _print(result: Mapping[str, Any], output_format: OutputFormat) -> None:
         if number:
             typer.echo("")
         print_rows(rows, output_format)
+    if len(result["models"]) > 2:
+        first = result["models"][0]["label"]
+        typer.echo(
+            f"\n* differs from {first}, Holm-corrected p below 0.05; report.html and results.json have all p values"
+        )
+    for line in result["notes"]:
+        note(f"note: {line}")
 
 
 def _exit_code(result: Mapping[str, Any], gates: Sequence[_Gate], say: Callable[[str], None]) -> int:

@@ -49,11 +49,15 @@ def label_models(items: Iterable[str], flag: str = "") -> dict[str, str]:
     """Label to model of ``LABEL=MODEL``, or of a model by the last part of its name; ``flag`` is said in errors."""
     labels: dict[str, str] = {}
     for item in items:
+        given = f"{flag} {item}".strip()
         label, _, name = item.partition("=")
+        if name and not _is_label(label) and "/" not in label and not Path(item).exists():
+            raise UsageError(
+                f"{given}: give every model a label of its own, of letters, digits, _, - and ., first none of - and ."
+            )
         if not (name and _is_label(label)):  # no label, or a "=" in the name of a folder
             label, name = re.sub(r"[^\w.-]", "-", Path(item).name), item
         if not _is_label(label) or label in labels:
-            given = f"{flag} {item}".strip()
             raise UsageError(f"{given}: give every model a label of its own, as in {f'{flag} '.lstrip()}base=miniature")
         labels[label] = name
     return labels

@@ -48,7 +48,10 @@ def new(
         typer.Option("--arm", metavar="NAME=DIR", help="Pictures to compare, repeatable; with --from: a model's name."),
     ] = None,
     result: Annotated[
-        Path | None, typer.Option("--from", metavar="DIR", help="Result of `srpo eval`, whose models are the arms.")
+        Path | None,
+        typer.Option(
+            "--from", metavar="RESULT", help="Folder or results.json of `srpo eval`, whose models are the arms."
+        ),
     ] = None,
     mode: Annotated[
         StudyMode, typer.Option("--mode", help="Grade each picture on five dimensions, or choose between two.")
@@ -80,7 +83,10 @@ def new(
         str | None, typer.Option("--name", help="Name of the study; raters do not see it. The folder's if not given.")
     ] = None,
 ) -> None:
-    """Make a study of pictures from several models: blind, balanced, everyone's order drawn by a seed."""
+    """Make a study of pictures from several models: blind, balanced, everyone's order drawn by a seed.
+
+    A rater's pictures of one prompt come apart, 10 tasks or more from one to the next where there are enough prompts.
+    """
     items = _items(arm or [], result, prompts)
 
     from srpo_cli.study.build import Options, new_study
@@ -98,9 +104,10 @@ def new(
         seed=seed,
     )
     facts = new_study(study, items, options, lessons, note)
-    note(
-        f"{study}: {facts.prompts} prompts, {facts.pictures} pictures, {facts.raters} raters, {facts.k} for each prompt"
-    )
+    what = ("prompt", facts.prompts), ("picture", facts.pictures), ("rater", facts.raters)
+    note(f"{study}: {', '.join(_counted(number, name) for name, number in what)}, {facts.k} for each prompt")
+    if len(items[0].files) == 1:
+        note(f"note: {next(iter(items[0].files))} is the only arm: its grades are compared with nothing")
     note(f"Next: srpo eval rate serve {study}")
 
 
@@ -133,7 +140,10 @@ def serve(
 
 @app.command("status")
 def status(study: StudyArgument, output_format: FormatOption = OutputFormat.TABLE) -> None:
-    """Show how far everyone is, and how many pictures await the experts."""
+    """Show how far everyone is, and how many pictures await the experts.
+
+    A task is a picture, or a pair, with all its questions; repeated answers are those to tasks that came once more.
+    """
     from srpo_cli.study.store import Store
 
     store = Store(study)
@@ -150,15 +160,15 @@ def status(study: StudyArgument, output_format: FormatOption = OutputFormat.TABL
             "role": each.role,
             "done": f"{each.done} of {each.total}",
             "median seconds": "" if each.median_seconds is None else f"{each.median_seconds:.1f}",
-            "repeats": str(each.repeats),
+            "repeated answers": str(each.repeats),
         }
         for each in everyone
     ]
     print_rows(rows, output_format)
     if waiting.unresolved:
-        note(f"raters differ on {waiting.unresolved} pictures: srpo eval rate resolve {study}")
+        note(f"raters differ on {_counted(waiting.unresolved, 'picture')}: srpo eval rate resolve {study}")
     if waiting.with_experts:
-        note(f"{waiting.with_experts} pictures await the experts' answers")
+        note(f"pictures that await the experts' answers: {waiting.with_experts}")
 
 
 @app.command("resolve")
@@ -167,11 +177,15 @@ def resolve(study: StudyArgument) -> None:
     from srpo_cli.study.build import resolve as resolve_study
 
     new_ones = resolve_study(study)
-    note(f"{new_ones} new pictures for the experts, who find them by their links")
+    note(f"{_counted(new_ones, 'new picture')} for the experts, who find them by their links")
 
 
 app.command("export")(export)
 app.command("analyze")(analyze)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _items(arms: list[str], result: Path | None, prompts: str | None) -> list[Item]:
@@ -182,9 +196,13 @@ def _items(arms: list[str], result: Path | None, prompts: str | None) -> list[It
         named = [arm for arm in arms if "=" in arm]
         if named:
             raise UsageError(f"--arm {named[0]} names a folder: with --from give the name of a model in the result")
+        from srpo_cli.recipes.results import TABLE, read_result
         from srpo_cli.study.arms import items_of_result
 
-        return items_of_result(result, arms)
+        found = read_result(result)
+        if found.table is None:
+            raise UsageError(f"{found.folder} has no {TABLE}, which says what its pictures show: evaluate again")
+        return items_of_result(found.table, found.folder, arms)
     folders: dict[str, Path] = {}
     for arm in arms:
         name, _, folder = arm.partition("=")

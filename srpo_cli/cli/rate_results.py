@@ -12,8 +12,6 @@ from srpo_cli.cli.options import FormatOption, OutputOption
 from srpo_cli.cli.output import OutputFormat, note, print_rows
 from srpo_cli.errors import UsageError
 
-ANALYSIS = "analysis.json"
-
 StudyArgument = Annotated[Path, typer.Argument(metavar="STUDY", help="Folder of `srpo eval rate new`.")]
 TableOption = Annotated[
     Path | None,
@@ -68,6 +66,7 @@ def analyze(
         from srpo_cli.recipes.results import read_result
 
         measured, table, folder = read_result(result)
+        _check_arms(facts.arms, measured, result)
     found = analysis.analyze(read_answers(study), facts)
     if output_format is OutputFormat.JSON:
         import json
@@ -78,10 +77,22 @@ def analyze(
     _write(folder, found, measured, table)
 
 
+def _check_arms(arms: Sequence[str], result: Mapping[str, Any], path: Path) -> None:
+    """UsageError for a result of none of the study's arms; a note of those that it lacks."""
+    labels = [model["label"] for model in result["models"]]
+    others = [arm for arm in arms if arm not in labels]
+    if len(others) == len(arms):
+        raise UsageError(
+            f"--with {path} is of {', '.join(labels)}, and the study of {', '.join(arms)}: name its own result"
+        )
+    if others:
+        note(f"note: {', '.join(others)}: no model of {path}, so that only people have judged it")
+
+
 def _write(folder: Path, analysis: dict[str, Any], result: dict[str, Any] | None, table: Any) -> None:
     import json
 
-    from srpo_cli.pages.report import write_report
+    from srpo_cli.pages.report import ANALYSIS, write_report
     from srpo_cli.runtime.folder import disk_errors, write_atomically
 
     with disk_errors(folder):
@@ -123,33 +134,39 @@ def _section(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _excellent_rows(analysis: Mapping[str, Any], titles: Mapping[str, str]) -> list[dict[str, Any]]:
+    from srpo_cli.pages.study import RULE
+
     rows = []
     for arm, grades in analysis["grades"].items():
         row = {"arm": arm, **{title: _percent(grades[name]["excellent"]) for name, title in titles.items()}}
         if arm in analysis["overall_rule"]:
-            row["Overall by the rule"] = _percent(analysis["overall_rule"][arm]["excellent"])
+            row[RULE] = _percent(analysis["overall_rule"][arm]["excellent"])
         rows.append(row)
     return rows
 
 
 def _difference_row(row: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Any]:
+    from srpo_cli.pages.writing import p_value
+
     return {
         "arm": row["arm"],
         "against": row["baseline"],
         "dimension": titles[row["dimension"]],
         "difference": _signed({**row, "mean": row["difference"]}, 100, 1),
-        "p (Holm)": _p(row["p_holm"]),
+        "p (Holm)": p_value(row["p_holm"], named=False),
     }
 
 
 def _win_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    from srpo_cli.pages.writing import p_value
+
     counts = {name: str(row[name]) for name in ("wins", "ties", "losses")}
     return {
         "arm": row["arm"],
         "against": row["against"],
         "preferred": _percent(row["rate"]),
         **counts,
-        "p (Holm)": _p(row["p_holm"]),
+        "p (Holm)": p_value(row["p_holm"], named=False),
     }
 
 
@@ -184,7 +201,3 @@ def _alpha(each: Mapping[str, Any]) -> str:
 
 def _share(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -2,7 +2,7 @@
 
 The built-in ones are files beside this module, in ``benchmarks/``; a user's own has the same keys, and may extend
 another one by ``extends: NAME|FILE``: its own keys win, those of a section one by one. Figures that somebody
-published for the other one are not taken over.
+published for the other one are not taken over, and of its prompts nothing where the file names prompts of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class PromptsSource(Section):
         description="lists: a JSON list of prompts in a file for each group, named by it; lines: one prompt a line, "
         "each taken once; tsv: columns Prompt and, for the group, Category; geneval: GenEval's "
         "evaluation_metadata.jsonl; folder: one .txt for each prompt, in the order of their names; table: anything "
-        "that `srpo sample --prompts` reads; world: the miniature's evaluation captions",
+        "that `srpo sample --prompts` reads, with a column group, style or category for the group; world: the "
+        "miniature's evaluation captions",
     )
     repo: Words | None = Field(
         None, description="OWNER/NAME of a repository that holds the files; null: they are beside the benchmark's file"
@@ -103,7 +104,7 @@ class PublishedRow(Section):
     """A model's figures as somebody published them."""
 
     model: Words
-    figures: dict[str, Number] = Field(description="by the name of a measure")
+    figures: dict[str, Number] = Field(description="by the name of a measure, or its heading in small letters")
 
 
 class Published(Section):
@@ -182,7 +183,7 @@ class Benchmark(Section):
     def _published_figures_are_measured(self) -> Benchmark:
         unknown = {name for row in (self.published.rows if self.published else ()) for name in row.figures}
         gaps = [name.partition(":")[2] for name in self.metrics if name.startswith("sgp:")]
-        unknown -= {*self.metrics, *(f"sgp_x100:{reward}" for reward in gaps), "deqa", "geneval"}
+        unknown -= {*self.metrics, *(f"sgp_x100:{reward}" for reward in gaps), "deqa"}  # a plug-in of anybody's
         if unknown:
             raise ValueError(f"published has figures of no metric: {', '.join(sorted(unknown))}")
         return self
@@ -305,8 +306,12 @@ def _content(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], P
     below, folder = _content(place, (*extending, path.resolve()))
     below.pop("published", None)
     about = {"name": path.stem, "description": f"{path.stem}, which extends {base}"}
-    names_files = isinstance(own.get("prompts"), dict) and "files" in own["prompts"]
-    return _merged({**below, **about}, own), path.parent if names_files else folder
+    prompts = own.get("prompts")
+    if isinstance(prompts, dict) and {"files", "layout"} & prompts.keys():
+        folder = path.parent
+        if prompts.get("repo") is None:  # one's own: what is said of the other one's files is not true of them
+            below = {key: value for key, value in below.items() if key not in ("prompts", "picture_path")}
+    return _merged({**below, **about}, own), folder
 
 
 def _merged(below: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

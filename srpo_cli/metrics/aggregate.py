@@ -8,9 +8,9 @@ the baseline. A column is empty, or not there, where it was not measured; for a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from srpo_cli.errors import SrpoError
-from srpo_cli.metrics.intervals import DRAWS, p_values, percentiles, resamples
+from srpo_cli.metrics.intervals import (
+    DRAWS,
+    Interval,
+    difference_interval,
+    holm,
+    interval,
+    p_value,
+    rate_interval,
+    resampled_counts,
+)
 
 ALL = "all"
 """What stands in place of a group's name for the figures over all groups."""
@@ -82,16 +91,16 @@ class Measure:
 
 
 class Figure(NamedTuple):
-    """An estimate, the ends of its 95 % interval, and the number of prompts behind it."""
+    """An estimate, the ends of its 95 % interval, None of a single prompt, and the number of prompts behind it."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     count: int
 
 
 class Comparison(NamedTuple):
-    """A model's figure minus the baseline's, with the ends of its 95 % interval.
+    """A model's figure minus the baseline's, with the ends of its 95 % interval, None of a single prompt.
 
     ``p`` is two-sided, ``p_holm`` corrected for its family, and ``wins`` is the share of prompts on which the model has
     the higher figure, ties half.
@@ -102,25 +111,26 @@ class Comparison(NamedTuple):
     group: str
     measure: str
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     p_holm: float
     wins: float
 
 
 class Batches(NamedTuple):
-    """Mean and population standard deviation of a figure over batches of prompts."""
+    """Mean and population standard deviation of a figure over batches, each of so many prompts on average."""
 
     mean: float
     std: float
+    prompts: float
 
 
 class Signal(NamedTuple):
     """How far a statistic that hacking moves is from the baseline's.
 
-    ``base`` and ``value`` are means, ``low`` and ``high`` the ends of the difference's 95 % interval, and ``spread`` is
-    the standard deviation of the baseline's pictures.
+    ``base`` and ``value`` are figures, ``low`` and ``high`` the ends of the difference's 95 % interval, and ``spread``
+    is the standard deviation of the baseline's pictures.
     """
 
     model: str
@@ -128,8 +138,8 @@ class Signal(NamedTuple):
     base: float
     value: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_holm: float
     spread: float
     crossed: bool
@@ -144,11 +154,13 @@ class Figures:
         groups: in the table's order; none where there is one only.
         figures: by model, group and measure. The group ``ALL`` is always there, a measure where it was measured.
         comparisons: of each further model with the baseline, over all prompts and by group.
+        watched: those over all prompts that are the family of statistics, see :func:`aggregate`.
     """
 
     groups: tuple[str, ...]
     figures: dict[str, dict[str, dict[str, Figure]]]
     comparisons: list[Comparison]
+    watched: list[Comparison]
 
 
 def aggregate(
@@ -160,34 +172,39 @@ def aggregate(
 ) -> Figures:
     """Figures of every model, over all prompts and in each group, and how they differ from the baseline's.
 
-    Intervals are percentiles of a bootstrap. What it resamples is the prompt with all its pictures, within its group,
-    whose size stays; prompts of one text are one. It resamples the same prompts for all models, so that comparisons
-    are paired. Over all groups a
-    mean is that of all pictures, or where ``overall`` is "groups" that of the groups' means.
+    Intervals are percentiles of a bootstrap, widened where prompts are few. What it resamples is the prompt with all
+    its pictures, within its group, whose size stays; prompts of one text are one. It resamples the same prompts for all
+    models, so that comparisons are paired. Over all groups a mean is that of all pictures, or where ``overall`` is
+    "groups" that of the groups' means; there, groups of one prompt are resampled together, as one group.
 
-    P values (see ``p_values``) are corrected by Holm's rule in two families: all measures and models over all prompts,
-    which is what a claim rests on; and all measures, models and groups group by group, for a closer look.
+    P values (see ``p_value``) are corrected by Holm's rule in families: over all prompts those of what has a better
+    side, which is what a claim rests on, and those of statistics, which have none, and of diversity; and two more such
+    families group by group, for a closer look. What is another measure times a hundred is the same test, and no further
+    member of its family.
 
     SrpoError where models have different prompts, a column has gaps, or a picture is there twice.
     """
     measures = [measure for measure in measures if measure.columns]
     models, strata = _read(table, _columns_of(measures))
     groups = tuple(stratum.group for stratum in strata) if len(strata) > 1 else ()
+    shares = {measure.name for measure in measures if _is_share(measure, table)}
     figures: dict[str, dict[str, dict[str, Figure]]] = {model: {ALL: {}} for model in models}
     over_all: list[Comparison] = []
     by_group: list[Comparison] = []
     for sample in _samples(strata, measures, overall, draws, seed):
-        for model, values in zip(models, sample.values.unbind(1), strict=True):
-            figures[model][sample.group] = _figures(values, measures, sample.prompts)
-        family = over_all if sample.group == ALL else by_group
-        family += _comparisons(sample, models, measures)
-    return Figures(groups, figures, _corrected(over_all) + _corrected(by_group))
+        intervals = [_intervals(sample, model, measures, shares) for model in range(len(models))]
+        for model, own in zip(models, intervals, strict=True):
+            figures[model][sample.group] = {name: _figure(each, sample.prompts) for name, each in own.items()}
+        comparisons = over_all if sample.group == ALL else by_group
+        comparisons += _comparisons(sample, models, measures, shares, intervals)
+    (over_all, watched), (by_group, _) = (_corrected(each, measures) for each in (over_all, by_group))
+    return Figures(groups, figures, over_all + by_group, watched)
 
 
 def batch_figures(
     table: pd.DataFrame, measures: Sequence[Measure], batches: int
 ) -> dict[str, dict[str, dict[str, Batches]]]:
-    """Each model's and group's figures over so many ``batches`` of consecutive prompts, as HPS publishes them.
+    """Each model's and group's figures over so many ``batches`` of consecutive prompts, as HPS publishes them of 80.
 
     A group with fewer prompts than batches is left out; a single one is called ``ALL``. Batches differ by at most one
     prompt.
@@ -200,27 +217,25 @@ def batch_figures(
             if len(sums) < batches:
                 continue
             totals = torch.stack([batch.sum(0) for batch in sums.tensor_split(batches)])
-            values = _measured(totals, measures)
+            values = _measured(_means(totals), measures)
             pairs = zip(values.mean(0).tolist(), values.std(0, correction=0).tolist(), strict=True)
             result[model][stratum.group if len(strata) > 1 else ALL] = {
-                measure.name: Batches(*pair)
+                measure.name: Batches(*pair, len(sums) / batches)
                 for measure, pair in zip(measures, pairs, strict=True)
                 if not math.isnan(pair[0])
             }
     return result
 
 
-def hacking_signals(table: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> list[Signal]:
-    """How far each further model's ``SIGNALS`` and diversity are from the baseline's; a family of its own for Holm.
+def hacking_signals(found: Figures, table: pd.DataFrame) -> list[Signal]:
+    """How far each further model's ``SIGNALS`` and diversity are from the baseline's, of the figures of a table.
 
-    A signal has ``crossed`` when its difference is significant and larger than half a standard deviation of the
-    baseline's pictures. Diversity that rises never has.
+    A signal has ``crossed`` when its difference is significant within the family of statistics and larger than half a
+    standard deviation of the baseline's pictures. Diversity that rises never has.
     """
-    names = [name for name in map(str, table.columns) if name in SIGNALS or name.startswith(_DIVERSITY)]
-    found = aggregate(table, [Measure(name, name, (name,)) for name in names], draws=draws, seed=seed)
     signals = []
-    for comparison in found.comparisons:
-        if comparison.group == ALL:
+    for comparison in found.watched:
+        if comparison.measure in SIGNALS or comparison.measure.startswith(_DIVERSITY):
             base, value = (found.figures[label][ALL][comparison.measure].mean for label in comparison[:2])
             spread = float(table.loc[table["model"] == comparison.baseline, comparison.measure].std(ddof=0))
             signals.append(_signal(comparison, base, value, spread))
@@ -249,20 +264,6 @@ def _signal(comparison: Comparison, base: float, value: float, spread: float) ->
     )
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction of the p values of one family of tests, in their order.
-
-    The smallest of m is multiplied by m, the next one by m - 1 and so on; none becomes smaller than one before it,
-    none larger than 1.
-    """
-    corrected = [0.0] * len(p_values)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected
-
-
 @dataclass(frozen=True)
 class _Stratum:
     """A group's prompts: for each model their numbers of pictures and over these the sums of columns, (N, 1 + C).
@@ -289,12 +290,14 @@ class _Sample:
         values: of the prompts as they are and of each resample of them, (1 + draws, M, K).
         wins: the share of prompts on which each further model is higher, ties half, (M - 1, K).
         prompts: how many they are.
+        freedom: degrees of freedom of the resamples' spread; None: one fewer than prompts.
     """
 
     group: str
     values: Tensor
     wins: Tensor
     prompts: int
+    freedom: float | None = None
 
 
 def _columns_of(measures: Sequence[Measure]) -> list[str]:
@@ -360,6 +363,14 @@ def _check_gaps(column: str, models: Sequence[str], model: np.ndarray, values: n
             raise SrpoError(f"{column} is no number for {gaps} of the {all_of_it} pictures of {name}: judge them again")
 
 
+def _is_share(measure: Measure, table: pd.DataFrame) -> bool:
+    """Whether a measure is a share of yes and no, of which half a yes may be one."""
+    return measure.reduce in (first, mean) and all(
+        column in table and column not in SIGNALS and table[column].dropna().isin((0, 0.5, 1)).all()
+        for column in measure.columns
+    )
+
+
 def _samples(
     strata: Sequence[_Stratum],
     measures: Sequence[Measure],
@@ -369,42 +380,70 @@ def _samples(
 ) -> Iterator[_Sample]:
     """The measures of each group, where there are several, and then those of all of them."""
     generator = torch.Generator().manual_seed(seed)
-    prompts = sum(len(stratum.by_text[0]) for stratum in strata)
-    whole, whole_wins = torch.zeros(()), torch.zeros(())
-    for stratum in strata:
-        sums = stratum.by_text
-        count = len(sums[0])
-        totals, wins = _resampled(sums, draws, generator), _wins(sums, measures)
+    sums = [stratum.by_text for stratum in strata]
+    sizes = [len(own[0]) for own in sums]
+    prompts, pools = sum(sizes), _pools(sizes)
+    whole, whole_wins, weights = torch.zeros(()), torch.zeros(()), []
+
+    def add(pool: Sequence[Tensor], means: Tensor) -> None:
+        nonlocal whole
+        weights.append(torch.stack([own[:, :1].sum(0) for own in pool]))
+        whole = whole + weights[-1] * means
+
+    for number, (stratum, own) in enumerate(zip(strata, sums, strict=True)):
+        means, wins = _resampled(own, draws, generator), _wins(own, measures)
         if len(strata) > 1:
-            yield _Sample(stratum.group, _measured(totals, measures), wins, count)
+            yield _Sample(stratum.group, _measured(means, measures), wins, sizes[number])
+        whole_wins = whole_wins + wins * (1 / len(strata) if overall == "groups" else sizes[number] / prompts)
         if overall == "groups":  # each group as if it were one picture
-            totals, weight = totals / totals[..., :1], 1 / len(strata)
-        else:
-            weight = count / prompts
-        whole, whole_wins = whole + totals, whole_wins + weight * wins
-    yield _Sample(ALL, _measured(whole, measures), whole_wins, prompts)
+            sums[number] = [each / each[:, 0].sum() for each in own]
+        if [number] in pools:
+            add(sums[number], means)
+    for pool in pools:
+        if len(pool) > 1:
+            together = [torch.cat(parts) for parts in zip(*(sums[number] for number in pool), strict=True)]
+            add(together, _resampled(together, draws, generator))
+    freedom = _freedom([sum(sizes[number] for number in pool) for pool in pools], [float(each[0]) for each in weights])
+    yield _Sample(ALL, _measured(whole / sum(weights), measures), whole_wins, prompts, freedom)
+
+
+def _pools(sizes: Sequence[int]) -> list[list[int]]:
+    """The numbers of the groups that are resampled together: those of one prompt, of which the only one would be in
+    every resample, with the smallest other group if there is one alone; each other group by itself."""
+    single = [number for number, size in enumerate(sizes) if size == 1]
+    others = sorted((number for number, size in enumerate(sizes) if size > 1), key=sizes.__getitem__)
+    if len(single) == 1 and others:
+        single.append(others.pop(0))
+    return [*([number] for number in sorted(others)), *([single] if single else [])]
+
+
+def _freedom(sizes: Sequence[int], weights: Sequence[float]) -> float:
+    """Welch and Satterthwaite's degrees of freedom of a weighted sum of the means of so many prompts, all alike."""
+    parts = [(weight**2 / size, max(1, size - 1)) for size, weight in zip(sizes, weights, strict=True)]
+    return sum(variance for variance, _ in parts) ** 2 / sum(variance**2 / freedom for variance, freedom in parts)
 
 
 def _resampled(sums: Sequence[Tensor], draws: int, generator: torch.Generator) -> Tensor:
-    """Totals of M models' prompts, (N, 1 + C) each, as they are and for each resample: (1 + draws, M, 1 + C).
+    """Means over M models' prompts, of sums (N, 1 + C) each, as they are and for each resample: (1 + draws, M, C).
 
-    A resample is how often each prompt is in it, so that a total is a product of matrices. One product for each model,
-    all of one shape: equal models get totals that are equal to the bit.
+    A total is a product of matrices. One product for each model, all of one shape: equal models get means that are
+    equal to the bit.
     """
-    prompts = len(sums[0])
     parts = [torch.stack([own.sum(0) for own in sums])[None]]
-    for index in resamples(prompts, draws, generator):
-        rows = torch.arange(len(index))[:, None] * prompts
-        times = torch.bincount((index + rows).flatten(), minlength=index.numel()).view_as(index).double()
+    for times in resampled_counts(len(sums[0]), draws, generator):
         parts.append(torch.stack([times @ own for own in sums], 1))
-    return torch.cat(parts)
+    return _means(torch.cat(parts))
 
 
-def _measured(totals: Tensor, measures: Sequence[Measure]) -> Tensor:
-    """Measures of totals: pictures and sums of the measures' columns (..., 1 + C) -> (..., K)."""
-    means = totals[..., 1:] / totals[..., :1]
+def _means(totals: Tensor) -> Tensor:
+    """Means of columns, of numbers of pictures and sums (..., 1 + C) -> (..., C)."""
+    return totals[..., 1:] / totals[..., :1]
+
+
+def _measured(means: Tensor, measures: Sequence[Measure]) -> Tensor:
+    """Measures of the means of their columns (..., C) -> (..., K)."""
     place = {column: number for number, column in enumerate(_columns_of(measures))}
-    values = totals.new_empty(*totals.shape[:-1], len(measures))
+    values = means.new_empty(*means.shape[:-1], len(measures))
     for number, measure in enumerate(measures):
         values[..., number] = measure.reduce(means[..., [place[column] for column in measure.columns]])
     return values
@@ -412,37 +451,82 @@ def _measured(totals: Tensor, measures: Sequence[Measure]) -> Tensor:
 
 def _wins(sums: Sequence[Tensor], measures: Sequence[Measure]) -> Tensor:
     """The share of prompts on which each further model is higher than the first, ties half, (M - 1, K)."""
-    baseline = _measured(sums[0], measures)
+    baseline = _measured(_means(sums[0]), measures)
     shares = torch.zeros(len(sums) - 1, len(measures), dtype=torch.float64)
     for number, own in enumerate(sums[1:]):
-        values = _measured(own, measures)
+        values = _measured(_means(own), measures)
         shares[number] = ((values > baseline).double() + (values == baseline).double() / 2).mean(0)
     return shares
 
 
-def _figures(values: Tensor, measures: Sequence[Measure], prompts: int) -> dict[str, Figure]:
-    """One model's measures by name, of values (1 + draws, K); without those that it has no numbers for."""
-    rows = torch.stack([values[0], *percentiles(values[1:])], 1).tolist()
-    named = zip(measures, rows, strict=True)
-    return {measure.name: Figure(*row, prompts) for measure, row in named if not math.isnan(row[0])}
+def _intervals(
+    sample: _Sample, model: int, measures: Sequence[Measure], shares: Collection[str]
+) -> dict[str, Interval]:
+    """One model's measures by name, without those that it has no numbers for."""
+    found = {}
+    for measure, values in zip(measures, sample.values[:, model].T.numpy(), strict=True):
+        if not np.isnan(values[0]):
+            make = rate_interval if measure.name in shares else interval
+            found[measure.name] = make(float(values[0]), values[1:], sample.prompts, sample.freedom)
+    return found
 
 
-def _comparisons(sample: _Sample, models: Sequence[str], measures: Sequence[Measure]) -> list[Comparison]:
+def _figure(found: Interval, prompts: int) -> Figure:
+    return Figure(found.mean, *_ends(found, prompts), prompts)
+
+
+def _ends(found: Interval, prompts: int) -> tuple[float | None, float | None]:
+    """The ends of an interval; one prompt says nothing of others."""
+    return found[1:] if prompts > 1 else (None, None)
+
+
+def _comparisons(
+    sample: _Sample,
+    models: Sequence[str],
+    measures: Sequence[Measure],
+    shares: Collection[str],
+    intervals: Sequence[Mapping[str, Interval]],
+) -> list[Comparison]:
     """Each further model against the first, by every measure that both have; not yet corrected."""
-    if not sample.wins.numel():  # one model, or nothing measured
-        return []
-    differences = sample.values[:, 1:] - sample.values[:, :1]
-    estimate, resampled = differences[0], differences[1:]
-    columns = [estimate, *percentiles(resampled), p_values(estimate, resampled, sample.prompts), sample.wins]
-    rows = torch.stack(columns, -1).tolist()
-    return [
-        Comparison(models[0], model, sample.group, measure.name, difference, low, high, p, p, wins)
-        for model, of_model in zip(models[1:], rows, strict=True)
-        for measure, (difference, low, high, p, wins) in zip(measures, of_model, strict=True)
-        if not math.isnan(difference)
-    ]
+    values, shape = sample.values.numpy(), (sample.prompts, sample.freedom)
+    comparisons = []
+    for number, model in enumerate(models[1:], 1):
+        for place, measure in enumerate(measures):
+            if not all(measure.name in own for own in (intervals[0], intervals[number])):
+                continue
+            differences = values[:, number, place] - values[:, 0, place]
+            difference, drawn = float(differences[0]), differences[1:]
+            if measure.name in shares:
+                both = intervals[0][measure.name], intervals[number][measure.name]
+                found = difference_interval(*both, drawn, *shape)
+            else:
+                found = interval(difference, drawn, *shape)
+            p, wins = p_value(difference, drawn, *shape), float(sample.wins[number - 1, place])
+            ends = _ends(found, sample.prompts)
+            comparisons.append(Comparison(models[0], model, sample.group, measure.name, found.mean, *ends, p, p, wins))
+    return comparisons
 
 
-def _corrected(family: Sequence[Comparison]) -> list[Comparison]:
-    corrected = holm([comparison.p for comparison in family])
-    return [comparison._replace(p_holm=p) for comparison, p in zip(family, corrected, strict=True)]
+def _corrected(
+    comparisons: Sequence[Comparison], measures: Sequence[Measure]
+) -> tuple[list[Comparison], list[Comparison]]:
+    """All comparisons, and those of the family of statistics, corrected within their families."""
+    named = {measure.name: measure for measure in measures}
+
+    def test(comparison: Comparison) -> tuple[Any, ...]:
+        """What is the same for a measure and for that times a hundred."""
+        measure = named[comparison.measure]
+        reduce = first if measure.reduce is hundredfold else measure.reduce
+        return comparison.model, comparison.group, measure.columns, reduce
+
+    def family(members: Sequence[Comparison]) -> dict[tuple[Any, ...], float]:
+        p = {test(comparison): comparison.p for comparison in reversed(members)}  # the first one's of equal tests
+        return dict(zip(p, holm(list(p.values())), strict=True))
+
+    def with_p(members: Sequence[Comparison], p: Mapping[tuple[Any, ...], float]) -> list[Comparison]:
+        return [comparison._replace(p_holm=p[test(comparison)]) for comparison in members]
+
+    directed = family([each for each in comparisons if named[each.measure].better])
+    watched = [each for each in comparisons if not named[each.measure].better or each.measure.startswith(_DIVERSITY)]
+    of_watched = family(watched)
+    return with_p(comparisons, {**of_watched, **directed}), with_p(watched, of_watched)

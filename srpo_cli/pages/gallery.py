@@ -21,6 +21,7 @@ import pandas as pd
 from PIL import Image
 
 from srpo_cli.errors import SrpoError, one_line
+from srpo_cli.runtime.folder import write_atomically
 
 THUMBNAILS = "thumbnails"
 EDGE = 256
@@ -33,6 +34,7 @@ EMBEDDED = 3 * 2**20
 """Bytes of thumbnails that a page may hold; with more of them they lie beside it."""
 
 _MEANS = ("first", "mean")  # reductions that say the same of one picture as of many
+_OWN = "mean_absolute"  # one that says of a picture how far it is off itself, not how far it moves the mean
 _TYPES = {".png": "image/png", ".webp": "image/webp"}
 _NAME = re.compile(r"[0-9a-f]{16}\.(png|webp)")
 
@@ -64,7 +66,7 @@ def gallery(
         "prompts": rows["prompt"].tolist(),
         "group": rows["group"].map({group: i for i, group in enumerate(groups)}).tolist(),
         "columns": [{key: column[key] for key in ("name", "title", "better", "digits")} for column in columns],
-        "values": [[_rounded(frame[list(column["columns"])].mean(axis=1)) for frame in by_model] for column in columns],
+        "values": [[_values(column, frame) for frame in by_model] for column in columns],
         "sources": sources,
         "pictures": pictures,
         "links": None if whole else [[_link(folder, file) for file in frame["file"]] for frame in by_model],
@@ -74,12 +76,20 @@ def gallery(
 
 
 def picture_columns(result: Mapping[str, Any], table: pd.DataFrame) -> list[Mapping[str, Any]]:
-    """The measures that one picture has a figure of: means of the table's columns, each thing once."""
+    """The measures that one picture has a figure of: means of the table's columns, each thing once.
+
+    A mean of absolute values is the picture's own, and is called so: the model's figure is no mean of these.
+    """
     return [
-        measure
+        {**measure, "title": f"{measure['title']} of the picture"} if measure["reduce"] == _OWN else measure
         for measure in result["measures"]
-        if measure["columns"] and measure["reduce"] in _MEANS and set(measure["columns"]) <= set(table.columns)
+        if measure["columns"] and measure["reduce"] in (*_MEANS, _OWN) and set(measure["columns"]) <= set(table.columns)
     ]
+
+
+def _values(column: Mapping[str, Any], frame: pd.DataFrame) -> list[float | None]:
+    values = frame[list(column["columns"])]
+    return _rounded((values.abs() if column["reduce"] == _OWN else values).mean(axis=1))
 
 
 def _of_model(table: pd.DataFrame, label: str, index: pd.MultiIndex) -> pd.DataFrame:
@@ -108,9 +118,7 @@ class Thumbnail:
         path = folder / self.name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(self.data)
-            temporary.replace(path)
+            write_atomically(path, self.data)
 
 
 def _pictures(

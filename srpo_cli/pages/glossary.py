@@ -71,8 +71,8 @@ _SIGNALS = {  # what it means that a signal rose, and that it fell
 
 READING = {
     "interval": "Figures stand with their 95 % interval. The prompts were drawn anew many times from those measured, "
-    "within their group and the same for all models, and the interval holds 95 in 100 of what came out: it says how "
-    "far the figure depends on which prompts were asked.",
+    "within their group and the same for all models, and the interval holds 95 in 100 of what came out, widened where "
+    "prompts are few: it says how far the figure depends on which prompts were asked.",
     "p": "p-values are two-sided and Holm-corrected for the number of comparisons. A difference is called one where p "
     "is below 0.05; what is not shown to differ is not shown to be equal either.",
 }

@@ -16,18 +16,19 @@ from markupsafe import Markup
 from srpo_cli.pages.charts import shape
 from srpo_cli.pages.gallery import Progress, gallery
 from srpo_cli.pages.glossary import DIRECTIONS
-from srpo_cli.pages.results import heading, names, results_context, sentence
+from srpo_cli.pages.results import results_context, sentence
 from srpo_cli.pages.study import study_context
 from srpo_cli.pages.verdict import verdict
 from srpo_cli.pages.writing import plain
+from srpo_cli.runtime.folder import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["REPORT", "verdict", "write_report"]
+__all__ = ["ANALYSIS", "REPORT", "verdict", "write_report"]
 
-REPORT = "report.html"
-"""The page's name in its folder."""
+REPORT, ANALYSIS = "report.html", "analysis.json"
+"""Names in a folder of the page, and of the human study that the page tells of."""
 
 
 def write_report(
@@ -55,16 +56,16 @@ def write_report(
         raise ValueError("a report needs a result or a study")
     folder.mkdir(parents=True, exist_ok=True)
     pictures = gallery(folder, result, table, progress) if result is not None and table is not None else None
-    page = render(result, pictures, study)
-    path = folder / REPORT
-    temporary = path.with_name(f".{REPORT}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")  # a lone surrogate is in no file's encoding
-    temporary.replace(path)
-    return path
+    page = render(folder, result, pictures, study)
+    write_atomically(folder / REPORT, page.encode(errors="replace"))  # a lone surrogate is in no file's encoding
+    return folder / REPORT
 
 
 def render(
-    result: Mapping[str, Any] | None, pictures: Mapping[str, Any] | None, study: Mapping[str, Any] | None
+    folder: Path,
+    result: Mapping[str, Any] | None,
+    pictures: Mapping[str, Any] | None,
+    study: Mapping[str, Any] | None,
 ) -> str:
     """The page as text; ``pictures`` as :func:`srpo_cli.pages.gallery.gallery` gives them."""
     environment = Environment(
@@ -80,7 +81,7 @@ def render(
     style, page_script, gallery_script = (_asset(environment, name) for name in ("style.css", "page.js", "gallery.js"))
     context: dict[str, Any] = {"result": result, "study": study, "pictures": _shown(pictures)}
     if result is not None:
-        context |= {**results_context(result), "heading": heading(result), "title": f"{names(result)}: srpo eval"}
+        context |= results_context(result, folder)
     if study is not None:
         context |= study_context(study)
     if result is None and study is not None:

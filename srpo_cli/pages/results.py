@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from srpo_cli.metrics.aggregate import ALL
 from srpo_cli.pages.charts import Mark, interval_plot, zero_bar
 from srpo_cli.pages.glossary import DIRECTIONS, READING, meaning, note_beside, signal_meaning
 from srpo_cli.pages.verdict import compared_models, judged, main_measures, parts_of_others, verdict
 from srpo_cli.pages.writing import NONE, interval, is_number, listed, number, p_value, percent, plain
 
-ALL = "all"
 _WORDS = {"better": "better", "worse": "worse", "changed": "changed", "same": "no difference shown"}
 
 Result = Mapping[str, Any]
 
 
-def results_context(result: Result) -> dict[str, Any]:
-    """What the templates show of a result."""
+def results_context(result: Result, folder: Path) -> dict[str, Any]:
+    """What the templates show of a result that lies in ``folder``."""
     measures = [_described(measure, number) for number, measure in enumerate(result["measures"])]
     parts, main = parts_of_others(result), {measure["name"] for measure in main_measures(result)}
     directed = [m for m in measures if m["better"] in DIRECTIONS and m["name"] not in parts] or measures
     others = [measure for measure in measures if measure not in directed]
     plotted = [measure for measure in measures if measure["name"] in main] or measures
     return {
-        "models": result["models"],
+        "heading": heading(result),
+        "title": f"{listed(plain(model['label']) for model in result['models'])}: srpo eval",
+        "models": [_model(result, model, folder) for model in result["models"]],
         "measures": measures,
         "facts": _facts(result),
         "verdict": verdict(result),
+        "notes": result["notes"],
+        "unverified": result.get("prompts", {}).get("unverified", ()),
+        "unknown": _unknown(result),
         "mixed": result["protocol"].get("mixed", ()),
         "reading": READING,
         "miniature": of_the_miniature(result),
@@ -43,8 +50,7 @@ def results_context(result: Result) -> dict[str, Any]:
         "hacking": [_signal(result, signal) for signal in result["hacking"]],
         "protocol": list(flattened(result["protocol"])),
         "environment": list(flattened(result["environment"])),
-        "costs": [_cost(result["cost"].get(model["label"], {})) for model in result["models"]],
-        "command": command(result),
+        "commands": commands(result),
     }
 
 
@@ -55,17 +61,10 @@ def of_the_miniature(result: Result) -> bool:
     return drawn or result["benchmark"] == "miniature" or prompts.get("layout") == "world"
 
 
-def command(result: Result) -> str:
-    """The command that made the result, or one that would make it where none made all of it."""
-    recorded = [str(word) for word in result["environment"].get("command") or []]
-    names = [(f"{model['label']}=", model["weights"] or model["model"]) for model in result["models"]]
-    if recorded and all(any(w.startswith(label) or w == weights for w in recorded) for label, weights in names):
-        return shlex.join(["srpo", *recorded[1:]])
-    parts = ["srpo", "eval", *(f"{label}{weights}" for label, weights in names), "--benchmark", result["benchmark"]]
-    for flag in ("limit", "group"):
-        if result["protocol"].get(flag) is not None:
-            parts += [f"--{flag}", str(result["protocol"][flag])]
-    return shlex.join(parts)
+def commands(result: Result) -> list[str]:
+    """What was typed for the result, or for each of those that it was put together from, where that is recorded."""
+    typed = result.get("commands") or [result["environment"].get("command", [])]
+    return [shlex.join(["srpo", *map(str, words[1:])]) for words in typed if words[1:2] == ["eval"]]
 
 
 def flattened(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -108,14 +107,30 @@ def _described(measure: Mapping[str, Any], place: int) -> dict[str, Any]:
 
 
 def _facts(result: Result) -> str:
-    models, protocol = result["models"], result["protocol"]
-    items, pictures = protocol["items"], sum(model["pictures"] for model in models)
-    parts = [f"{items:,} prompts", f"{pictures:,} pictures of {len(models)} model{'s' if len(models) > 1 else ''}"]
+    models, protocol, counts = result["models"], result["protocol"], result["counts"]
+    parts = [f"{counts['prompts']:,} prompts"]
+    if counts["texts"] < counts["prompts"]:
+        parts.append(f"{counts['texts']:,} different texts")
+    pictures = sum(model["pictures"] for model in models)
+    parts.append(f"{pictures:,} pictures of {len(models)} model{'s' if len(models) > 1 else ''}")
     if protocol.get("steps"):
         parts.append(f"{protocol['steps']} steps")
     if protocol.get("size"):
         parts.append(f"{' by '.join(map(str, protocol['size']))} pixels")
     return ", ".join(parts) + "."
+
+
+def _unknown(result: Result) -> str:
+    """The models of which nobody knows how their pictures were drawn."""
+    return listed(plain(model["label"]) for model in result["models"] if model.get("sampling") == "unknown")
+
+
+def _model(result: Result, model: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A model with its cost, and its weights as they are found from the folder."""
+    weights = model["weights"] or model.get("sampling", "its own")
+    if os.path.isabs(weights):
+        weights = os.path.relpath(weights, folder.resolve())
+    return {**model, "weights": weights, "cost": _cost(result["cost"].get(model["label"], {}))}
 
 
 def _figure(result: Result, label: str, group: str, measure: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -130,15 +145,34 @@ def _cell(figure: Mapping[str, Any] | None, measure: Mapping[str, Any], kind: st
     return {"mean": number(figure["mean"], measure["digits"]), "interval": ends, "kind": kind}
 
 
-def _published(result: Result, measures: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def published_rows(result: Result, measures: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, float]]]:
+    """Each published model that has any of ``measures``, with its figures by their names.
+
+    Figures are stated by a measure's name or by its title in small letters, since a plug-in's name is its file's.
+    """
+    rows = []
+    for row in result["published"]["rows"] if result["published"] else ():
+        found = {m["name"]: row["figures"].get(m["name"], row["figures"].get(m["title"].lower())) for m in measures}
+        if figures := {name: figure for name, figure in found.items() if figure is not None}:
+            rows.append((row["model"], figures))
+    return rows
+
+
+def published_note(result: Result) -> str:
+    """Where published rows are from and in what they may differ, also from a part of the prompts."""
     published = result["published"]
-    if not published or not any(m["name"] in row["figures"] for row in published["rows"] for m in measures):
-        return None
+    parts = [published["source"], published["note"]]
+    if any(chosen is not None for chosen in result.get("selection", {}).values()):
+        parts.append("They are of the whole set, of which a part was measured here")
+    return " ".join(f"{part.rstrip('.')}." for part in parts if part)
+
+
+def _published(result: Result, measures: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     rows = [
-        {"model": plain(row["model"]), "cells": [number(row["figures"].get(m["name"]), m["digits"]) for m in measures]}
-        for row in published["rows"]
+        {"model": plain(label), "cells": [number(figures.get(m["name"]), m["digits"]) for m in measures]}
+        for label, figures in published_rows(result, measures)
     ]
-    return {"source": published["source"].rstrip("."), "note": published["note"], "rows": rows}
+    return {"note": published_note(result), "rows": rows} if rows else None
 
 
 def _batches(result: Result, measures: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -152,7 +186,8 @@ def _batches(result: Result, measures: Sequence[Mapping[str, Any]]) -> dict[str,
                 figure, digits = figures.get(measure["name"]), measure["digits"]
                 told = f"{number(figure['mean'], digits)} ± {number(figure['std'], digits + 1)}" if figure else NONE
                 cells.append(told)
-            rows.append({"label": plain(label), "group": plain(group), "cells": cells})
+            size = f"{next(iter(figures.values()))['prompts']:g}" if figures else NONE
+            rows.append({"label": plain(label), "group": plain(group), "size": size, "cells": cells})
     return {"measures": shown, "rows": rows} if rows else None
 
 
@@ -205,7 +240,7 @@ def _difference(found: Mapping[str, Any], digits: int, title: str) -> dict[str, 
     return {
         "difference": number(found["difference"], digits, sign=True),
         "interval": ends,
-        "p": p_value(found["p_holm"]).removeprefix("p ").removeprefix("= "),
+        "p": p_value(found["p_holm"], named=False),
         "svg": zero_bar(Mark(found["difference"], low, high, title=told)),
     }
 
@@ -254,7 +289,7 @@ def _group_cards(result: Result, measures: Sequence[Mapping[str, Any]]) -> list[
 
 def _signal(result: Result, signal: Mapping[str, Any]) -> dict[str, Any]:
     named = {measure["name"]: measure for measure in result["measures"]}
-    measure = named.get(signal["signal"], {"title": signal["signal"].replace("_", " "), "digits": 3})
+    measure = named[signal["signal"]]
     digits = measure["digits"]
     return {
         **_difference(signal, digits, measure["title"]),
@@ -265,9 +300,16 @@ def _signal(result: Result, signal: Mapping[str, Any]) -> dict[str, Any]:
         "base": number(signal["base"], digits),
         "value": number(signal["value"], digits),
         "crossed": signal["crossed"],
-        "text": plain(signal["text"]).replace(" -> ", " to "),
+        "size": _size(signal),
         "meaning": signal_meaning(signal["signal"], signal["difference"]),
     }
+
+
+def _size(signal: Mapping[str, Any]) -> str:
+    """How large a signal's difference is beside what the baseline's pictures differ by among themselves."""
+    if not signal["spread"]:
+        return "The baseline's pictures are all alike in it."
+    return f"{number(abs(signal['difference']) / signal['spread'], 1)} standard deviations of the baseline's pictures."
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
@@ -293,8 +335,3 @@ def sentence(text: str) -> str:
     """A line with a capital at its start and a stop at its end."""
     text = re.sub(r"[.\s]+$", "", plain(text))
     return f"{text[:1].upper()}{text[1:]}." if text else ""
-
-
-def names(result: Result) -> str:
-    """The models in one line, for the title of the window."""
-    return listed(plain(model["label"]) for model in result["models"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from srpo_cli.metrics.aggregate import LEVEL
 from srpo_cli.pages.charts import Mark, interval_plot, reach_of, stacked_bars, zero_bar
-from srpo_cli.pages.verdict import LEVEL, study_verdict
+from srpo_cli.pages.verdict import study_verdict
 from srpo_cli.pages.writing import NONE, interval, is_number, number, p_value, percent, plain
 
-_RULE = "Overall by the rule"
+RULE = "Overall by the rule"
+"""Heading of what the paper's rule makes of the grades on the other dimensions."""
 
 Study = Mapping[str, Any]
 
@@ -35,9 +37,15 @@ def study_context(study: Study) -> dict[str, Any]:
 def _facts(study: Study) -> str:
     complete = "" if study["complete"] >= 1 else f", {percent(study['complete'])} of all that were asked"
     return (
-        f"{study['raters']} raters and {study['experts']} experts, who did not know which model drew what; "
-        f"{study['prompts']:,} prompts, {study['pictures']:,} pictures, {study['answers']:,} answers{complete}."
+        f"{_counted(study, 'rater')} and {_counted(study, 'expert')}, who did not know which model drew what; "
+        f"{_counted(study, 'prompt')}, {_counted(study, 'picture')}, {_counted(study, 'answer')}{complete}."
     )
+
+
+def _counted(study: Study, what: str) -> str:
+    """How many of something there are, "1 expert" or "3 experts"."""
+    count = study[f"{what}s"]
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _grade_cards(study: Study) -> list[dict[str, Any]]:
@@ -47,7 +55,7 @@ def _grade_cards(study: Study) -> list[dict[str, Any]]:
         found = {arm: of_arm.get(dimension["name"]) for arm, of_arm in study["grades"].items()}
         cards.append(_bars({arm: f["counts"] for arm, f in found.items() if f}, names, dimension["title"]))
     rule = {arm: each["counts"] for arm, each in study["overall_rule"].items()}
-    return [*cards, _bars(rule, names, _RULE)] if rule else cards
+    return [*cards, _bars(rule, names, RULE)] if rule else cards
 
 
 def _bars(counts: Mapping[str, list[int]], names: list[str], title: str) -> dict[str, Any]:
@@ -121,8 +129,8 @@ def _difference(found: Mapping[str, Any], title: str, reach: float) -> dict[str,
         "interval": ends,
         "kind": ("better" if found["difference"] > 0 else "worse") if clear else "same",
         "svg": zero_bar(mark, reach),
-        "p": p_value(found["p"]).removeprefix("p ").removeprefix("= "),
-        "p_holm": p_value(p).removeprefix("p ").removeprefix("= "),
+        "p": p_value(found["p"], named=False),
+        "p_holm": p_value(p, named=False),
     }
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from srpo_cli.metrics.aggregate import ALL, LEVEL
 from srpo_cli.pages.writing import interval, is_number, isolated, listed, number, p_value, percent
-
-LEVEL = 0.05
-"""A difference counts where its p-value, Holm-corrected, is below this."""
 
 _PARTS_OF = {"caption_accuracy": {f"{part}_accuracy" for part in ("shape", "colour", "ground", "light")}}
 _DIRECTED = ("higher", "lower")
@@ -46,7 +44,7 @@ def parts_of_others(result: Mapping[str, Any]) -> set[str]:
 
 def compared_models(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(baseline, model) of every pair that was compared over all prompts, in order."""
-    return list(dict.fromkeys((c["baseline"], c["model"]) for c in result["comparisons"] if c["group"] == "all"))
+    return list(dict.fromkeys((c["baseline"], c["model"]) for c in result["comparisons"] if c["group"] == ALL))
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
@@ -67,7 +65,7 @@ def _sentence(result: Mapping[str, Any], baseline: str, model: str) -> str:
     overall = {
         c["measure"]: c
         for c in result["comparisons"]
-        if (c["baseline"], c["model"], c["group"]) == (baseline, model, "all")
+        if (c["baseline"], c["model"], c["group"]) == (baseline, model, ALL)
     }
     for measure in main_measures(result):
         if comparison := overall.get(measure["name"]):
@@ -104,7 +102,7 @@ def _leaders(result: Mapping[str, Any]) -> list[str]:
     for measure in main_measures(result):
         means = {}
         for model in result["models"]:
-            figure = result["figures"].get(model["label"], {}).get("all", {}).get(measure["name"])
+            figure = result["figures"].get(model["label"], {}).get(ALL, {}).get(measure["name"])
             if figure and is_number(figure["mean"]):
                 means[model["label"]] = figure["mean"]
         best = max if measure["better"] == "higher" else min

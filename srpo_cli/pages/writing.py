@@ -32,13 +32,13 @@ def interval(figure: Mapping[str, Any], digits: int = 3, sign: bool = False) -> 
     return f"[{number(figure.get('low'), digits, sign)}, {number(figure.get('high'), digits, sign)}]"
 
 
-def p_value(p: float | None) -> str:
-    """A p-value with its name: ``p < 0.001``, ``p = 0.03``."""
+def p_value(p: float | None, named: bool = True) -> str:
+    """A p-value with its name, ``p < 0.001``, ``p = 0.03``; without, ``< 0.001``, ``0.03``."""
     if not is_number(p):
-        return f"p {NONE}"
+        return f"p {NONE}" if named else NONE
     if p < 0.001:
-        return "p < 0.001"
-    return f"p = {p:.3f}" if p < 0.01 else f"p = {p:.2f}"
+        return "p < 0.001" if named else "< 0.001"
+    return f"{'p = ' if named else ''}{p:.{3 if p < 0.01 else 2}f}"
 
 
 def percent(share: float | None, digits: int = 0, sign: bool = False) -> str:

@@ -15,19 +15,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from srpo_cli import __version__
 from srpo_cli.config.benchmark import Benchmark, describe
-from srpo_cli.errors import MissingError, SrpoError, UsageError
+from srpo_cli.errors import MissingError, SrpoError, UsageError, one_line
 from srpo_cli.metrics.aggregate import ALL, Measure
-from srpo_cli.pages.report import write_report
+from srpo_cli.pages.report import ANALYSIS, write_report
 from srpo_cli.recipes import sample as drawing
 from srpo_cli.recipes.judges import Judge, JudgePlan, Picture, SetJudge, Skipped, plan_judges
 from srpo_cli.recipes.parts import check_miniature_prompts, chunks
@@ -37,7 +39,7 @@ from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.distributed import Ranks
 from srpo_cli.runtime.folder import disk_errors, write_atomically
 from srpo_cli.runtime.inputs import ENDINGS
-from srpo_cli.runtime.pictures import open_picture
+from srpo_cli.runtime.pictures import METADATA_KEY, open_picture
 from srpo_cli.runtime.progress import CountProgress
 from srpo_cli.runtime.sources import Source
 
@@ -139,16 +141,24 @@ def evaluate(request: Request, output: Path, ranks: Ranks, announce: Say | None,
         items = select(prompts.items, request.limit, request.group)
         job = _Job(request, prompts, items, output, ranks, announce, say)
         _check_items(job, plans)
-        _check_measures(request.bounded, plans)
+        _check_measures(request, plans)
         found = {label: _find(path, job) for label, path in request.models.items() if isinstance(path, Path)}
-        _check_folder(output, _protocol(job))
+        size = _common_size(found, job)
+        if not _is_cut_off(output):
+            _check_folder(output, _protocol(job))
+        else:
+            say(f"{output / RESULTS} cannot be read: it is written anew")
+        earlier = _costs(output)
         with disk_errors(output):
             is_new = not output.exists()
             output.mkdir(parents=True, exist_ok=True)
-    drawn: list[Drawn] = []
     with _no_empty_folder(output, is_new):
+        by_label = {label: _take(label, files, size, job) for label, files in found.items()}
         for label, model in request.models.items():
-            drawn.append(_take(label, model, found[label], job) if label in found else _draw(label, model, drawn, job))
+            if label not in found:
+                drawn_now = _draw(label, model, list(by_label.values()), job)
+                by_label[label] = replace(drawn_now, cost=_with_earlier(drawn_now, earlier))
+    drawn = [by_label[label] for label in request.models]
     judged = Judged()
     for plan in plans:
         _judge_all(plan, judged, drawn, job)
@@ -184,9 +194,16 @@ def show(paths: Sequence[Path], output: Path | None, allow_different: bool) -> d
             raise UsageError(f"{output} is one of the results, which would be lost: choose another --output")
         _check_folder(output, results[0].data["protocol"])
     data, table = merge(results, output, allow_different)
+    if len(results) > 1:
+        data["commands"] = list(chain.from_iterable(_commands(result.data) for result in results))
     if output is not None:
         _publish(Result(data, table, output))
     return data
+
+
+def _commands(result: Mapping[str, Any]) -> list[list[str]]:
+    """What was typed for a result, or for each of those that it was put together from."""
+    return result.get("commands") or [result["environment"].get("command", [])]
 
 
 def _publish(result: Result) -> None:
@@ -195,21 +212,60 @@ def _publish(result: Result) -> None:
     write_tables(result.data, result.folder)
     pictures = 0 if result.table is None else len(result.table)
     with disk_errors(result.folder), CountProgress(pictures, "thumbnails") as progress:
-        write_report(result.folder, result.data, result.table, progress=lambda made, _of_all: progress.update(made))
+        study = _study(result)
+        write_report(result.folder, result.data, result.table, study, lambda made, _of_all: progress.update(made))
+
+
+def _study(result: Result) -> dict[str, Any] | None:
+    """What people said of the result's models, where `srpo eval rate analyze --with` has put it into its folder."""
+    file = result.folder / ANALYSIS
+    if not file.exists():
+        return None
+    try:
+        analysis = json.loads(file.read_text(encoding="utf-8"))
+        known = {model["label"] for model in result.data["models"]}.intersection(analysis["arms"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no analysis of srpo eval rate: take it out of the folder") from error
+    return analysis if known else None
 
 
 # --- before -------------------------------------------------------------------------------------------------------
 
 
 def _protocol(job: _Job) -> dict[str, Any]:
-    """What is known of the protocol before anything is drawn."""
+    """What is known of the protocol before anything is drawn; which prompts, and not by which options."""
     return {
         "benchmark": describe(job.benchmark),
-        "limit": job.request.limit,
-        "group": job.request.group,
         "prompts_sha256": job.prompts.sha256,
-        "items": len(job.items),
+        "prompt_count": len(job.items),
+        "items": _digest([item.id for item in job.items]),
     }
+
+
+def _is_cut_off(output: Path) -> bool:
+    """Whether a folder's own result is not to be read; it is made again of the pictures and scores beside it."""
+    try:
+        json.loads((output / RESULTS).read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return (output / _SCORES).is_dir() or (output / _PICTURES).is_dir()
+    return False
+
+
+def _costs(output: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """What the folder's result says of what was spent, by label and fingerprint of a model."""
+    try:
+        there = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+        prints = {model["label"]: model["fingerprint"] for model in there["models"]}
+        return {(label, prints[label]): dict(spent) for label, spent in there["cost"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _with_earlier(drawn: Drawn, earlier: Mapping[tuple[str, str], Mapping[str, float]]) -> dict[str, float]:
+    before = earlier.get((drawn.label, drawn.facts["fingerprint"]), {})
+    return {key: round(spent + before.get(key, 0), 1) for key, spent in drawn.cost.items()}
 
 
 def _check_folder(output: Path, protocol: Mapping[str, Any]) -> None:
@@ -226,14 +282,14 @@ def _check_folder(output: Path, protocol: Mapping[str, Any]) -> None:
         raise UsageError(f"{file} is no result of srpo eval: choose another --output") from error
     for key, value in _terms(protocol).items():
         if there.get(key) != value:
-            is_short = not isinstance(value, dict | list) and key != "prompts_sha256"
+            is_short = not isinstance(value, dict | list) and key not in ("prompts_sha256", "items")
             what = f"{key} {json.dumps(there.get(key))}, not {json.dumps(value)}" if is_short else f"another {key}"
             raise UsageError(f"{output} holds a result of {there['name']} with {what}: choose another --output")
 
 
 def _terms(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a protocol that decide which pictures are drawn and how they are added up."""
-    own = {key: protocol[key] for key in ("limit", "group", "prompts_sha256", "items")}
+    own = {key: protocol[key] for key in ("prompts_sha256", "prompt_count", "items")}
     return {**{key: value for key, value in protocol["benchmark"].items() if key != "metrics"}, **own}
 
 
@@ -248,11 +304,17 @@ def _check_items(job: _Job, plans: Sequence[JudgePlan]) -> None:
         plan.check(job.items)
 
 
-def _check_measures(names: Sequence[str], plans: Sequence[JudgePlan]) -> None:
-    """UsageError for a measure that no metric gives."""
+def _check_measures(request: Request, plans: Sequence[JudgePlan]) -> None:
+    """UsageError for a measure that no metric gives, and for one of a model that is not there."""
     known = dict.fromkeys(text for plan in plans for pair in plan.headings.items() for text in pair)
-    for name in names:
-        if name.lower() not in map(str.lower, known):
+    small = {text.lower() for text in known}
+    for name in request.bounded:
+        label, _, measure = name.partition(":")
+        if name.lower() not in small and measure.lower() in small:
+            raise UsageError(
+                f"{name}: no model is called {label!r} (there are {', '.join(request.models)}), and no measure {name!r}"
+            )
+        if name.lower() not in small:
             raise UsageError.unknown("measure", name, known)
 
 
@@ -265,7 +327,9 @@ def _draw(label: str, model: Source, before: Sequence[Drawn], job: _Job) -> Draw
     UsageError, after its first pictures, where steps or size are its own and not those of the models ``before``.
     """
     benchmark, folder = job.benchmark, job.output / _PICTURES / label
-    job.say(f"{label}: {len(job.pictures())} pictures of {len(job.items)} prompts")
+    started, there = time.perf_counter(), _times(folder.glob("*-seed*.png"))
+    kept = f"; of the {len(there)} there what matches is kept" if there else ""
+    job.say(f"{label}: drawing {len(job.pictures())} pictures of {len(job.items)} prompts{kept}")
     wanted = drawing.Request(
         prompts=[item.prompt for item in job.items],
         num_images=benchmark.images_per_prompt,
@@ -274,7 +338,6 @@ def _draw(label: str, model: Source, before: Sequence[Drawn], job: _Job) -> Draw
         size=benchmark.size,
         seeds=[benchmark.first_seed(item.index) for item in job.items],
     )
-    started, there = time.perf_counter(), _times(folder.glob("*.png"))
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     with CountProgress(len(wanted.pictures()), f"pictures of {label}") as progress:
         for row in drawing.sample(model, wanted, folder, job.ranks, job.announce):
@@ -286,7 +349,8 @@ def _draw(label: str, model: Source, before: Sequence[Drawn], job: _Job) -> Draw
     files = [
         Path(rows[item.prompt, benchmark.first_seed(item.index) + image]["file"]) for item, image in job.pictures()
     ]
-    times = _times(dict.fromkeys(files))
+    with job.ranks.together():
+        times = _times(dict.fromkeys(files))
     cost = {
         "seconds": round(time.perf_counter() - started, 1),
         "pictures_drawn": sum(there.get(name) != changed for name, changed in times.items()),
@@ -297,8 +361,13 @@ def _draw(label: str, model: Source, before: Sequence[Drawn], job: _Job) -> Draw
 
 
 def _times(files: Iterable[Path]) -> dict[str, int]:
-    """When each file was last written, by its name."""
-    return {file.name: file.stat().st_mtime_ns for file in files}
+    """When each file was last written, by its name; SrpoError for one that another machine has drawn out of sight."""
+    try:
+        return {file.name: file.stat().st_mtime_ns for file in files}
+    except FileNotFoundError as error:
+        raise SrpoError(
+            f"{error.filename} was drawn and is not here: with --nodes all machines have to share --output"
+        ) from error
 
 
 def _check_settings(label: str, row: Mapping[str, Any], before: Sequence[Drawn]) -> None:
@@ -312,7 +381,13 @@ def _check_settings(label: str, row: Mapping[str, Any], before: Sequence[Drawn])
 
 
 def _find(folder: Path, job: _Job) -> list[Path]:
-    """The pictures of a folder, one for each prompt and number; UsageError where any is missing or there twice."""
+    """The pictures of a folder, one for each prompt and number; UsageError where any is missing or there twice.
+
+    A folder that this program drew into lists its pictures, which are found by prompt and seed; in any other they have
+    the names that the benchmark gives them.
+    """
+    if (folder / drawing.SAMPLES).is_file():
+        return _find_drawn(folder, job)
     files: list[Path] = []
     missing: list[str] = []
     for item, image in job.pictures():
@@ -325,18 +400,84 @@ def _find(folder: Path, job: _Job) -> list[Path]:
     if missing:
         more = f", nor of {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(
-            f"{folder} is taken for pictures made elsewhere, and has no {missing[0]}.png or the like{more}"
+            f"{folder} is taken for pictures made elsewhere, and has no {missing[0]}.png or the like{more}: name them "
+            f"so, or give a folder with a {drawing.SAMPLES}"
         )
     return files
 
 
-def _take(label: str, folder: Path, files: Sequence[Path], job: _Job) -> Drawn:
-    """Pictures that were made elsewhere."""
+def _find_drawn(folder: Path, job: _Job) -> list[Path]:
+    """The pictures of a folder that ``srpo sample`` or ``srpo eval`` drew into, by prompt and seed."""
+    there: dict[tuple[str, int], list[Path]] = {}
+    try:
+        for line in (folder / drawing.SAMPLES).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            there.setdefault((row["prompt"], row["seed"]), []).append(folder / row["file"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / drawing.SAMPLES} does not list pictures with prompt, seed and file") from error
+    files: list[Path] = []
+    for item, image in job.pictures():
+        seed = job.benchmark.first_seed(item.index) + image
+        own = [file for file in there.get((item.prompt, seed), []) if file.is_file()]
+        if not own:
+            raise UsageError(
+                f"{folder} has no picture of {item.prompt!r} with seed {seed} in its {drawing.SAMPLES}: draw it, or "
+                "say in a benchmark's .yaml which seed and seed_step its pictures have"
+            )
+        if len(own) > 1:
+            raise UsageError(
+                f"{folder} has {own[0].name} and {own[1].name} of {item.prompt!r} with seed {seed}, by different "
+                "models or settings: take those of one of them out"
+            )
+        files += own
+    return files
+
+
+def _common_size(found: Mapping[str, Sequence[Path]], job: _Job) -> list[int] | None:
+    """[height, width] of the pictures that were made elsewhere; None where there are none.
+
+    UsageError for one that differs from the others, or from what the benchmark states, and for one of another prompt.
+    """
+    size, whose = list(job.benchmark.size or ()), f"{job.benchmark.name} asks for"
+    files = list(chain.from_iterable(found.values()))
+    items = [item for _ in found for item, _ in job.pictures()]
+    with ThreadPoolExecutor() as pool:
+        for file, item, (own, prompt) in zip(files, items, pool.map(_head_of, files), strict=True):
+            if prompt not in (None, item.prompt):
+                raise UsageError(
+                    f"{file} was drawn from {prompt!r}, and should be of {item.prompt!r}: put it in its place"
+                )
+            if not size:
+                size, whose = own, f"{file} has"
+            if own != size:
+                told, other = (" by ".join(map(str, each)) for each in (own, size))
+                raise UsageError(
+                    f"{file} has {told} pixels (height by width) and {whose} {other}: give pictures of one size, and "
+                    "say in a benchmark's .yaml which"
+                )
+    return size if files else None
+
+
+def _head_of(path: Path) -> tuple[list[int], str | None]:
+    """[height, width] of a picture and, where this program drew it, its prompt, by what stands at the file's head."""
+    try:
+        with Image.open(path) as image:
+            prompt = None
+            with suppress(KeyError, ValueError, TypeError, AttributeError):
+                prompt = json.loads(image.info[METADATA_KEY]).get("prompt")
+            return [image.height, image.width], prompt
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SrpoError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def _take(label: str, files: Sequence[Path], size: Sequence[int], job: _Job) -> Drawn:
+    """Pictures that were made elsewhere, nobody knows how."""
+    folder = job.request.models[label]
     job.say(f"{label}: {len(files)} pictures in {folder}")
     content = _content(files, job.ranks)
     facts = {"label": label, "model": "pictures made elsewhere", "weights": None, "fingerprint": content}
-    facts |= {"steps": None, "size": None, "pictures": len(files), "folder": os.path.relpath(folder, job.output)}
-    return Drawn(label, files, facts, content, {})
+    facts |= {"steps": None, "size": size, "sampling": "unknown", "pictures": len(files)}
+    return Drawn(label, files, {**facts, "folder": os.path.relpath(folder, job.output)}, content, {})
 
 
 def _content(files: Sequence[Path], ranks: Ranks) -> str:
@@ -497,13 +638,8 @@ def _table(drawn: Sequence[Drawn], judged: Judged, job: _Job) -> pd.DataFrame:
 
 def _summary(table: pd.DataFrame, drawn: Sequence[Drawn], judged: Judged, job: _Job) -> dict[str, Any]:
     """What ``results.json`` holds."""
-    own = next((each.facts for each in drawn if each.facts["steps"] is not None), {})
-    protocol = {
-        **_protocol(job),
-        "steps": own.get("steps"),
-        "size": own.get("size"),
-        "judges": judged.records,
-    }
+    steps = next((each.facts["steps"] for each in drawn if each.facts["steps"] is not None), None)
+    protocol = {**_protocol(job), "steps": steps, "size": drawn[0].facts["size"], "judges": judged.records}
     result = summarise(
         table,
         judged.measures,
@@ -514,4 +650,10 @@ def _summary(table: pd.DataFrame, drawn: Sequence[Drawn], judged: Judged, job: _
         judged.sets,
         {each.label: each.cost for each in drawn if each.cost},
     )
-    return {**result, "prompts": {"origin": job.prompts.origin, "files": dict(job.prompts.files)}}
+    is_part = len(job.items) < len(job.prompts.items)
+    prompts = job.prompts
+    return {
+        **result,
+        "selection": {key: getattr(job.request, key) if is_part else None for key in ("limit", "group")},
+        "prompts": {"origin": prompts.origin, "files": dict(prompts.files), "unverified": list(prompts.unverified)},
+    }

@@ -7,6 +7,7 @@ then one judge at a time is loaded, looks at the pictures of all models, and is 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -135,8 +136,8 @@ class JudgePlan:
         return self.make(device, announce)
 
     def skipped(self, error: MissingError) -> list[Skipped]:
-        """Its metrics, left out for an error of :meth:`load`."""
-        return [Skipped(metric, str(error)) for metric in self.metrics]
+        """Its metrics, left out for an error of :meth:`load`; the reason stands behind the name, and repeats it not."""
+        return [Skipped(metric, re.sub(f"^{re.escape(metric)}:? ", "", str(error))) for metric in self.metrics]
 
 
 @dataclass(frozen=True)
@@ -624,6 +625,7 @@ def plan_distances(metrics: tuple[str, ...], reward: str, how: How) -> JudgePlan
         raise UsageError(f"{metrics[0]}: {reference} is no folder of pictures to compare with")
     if reward:
         _check_features(metrics[0], reward)
+    list_pictures([str(reference)])  # refuses one that holds none
     kinds = [metric_parts(metric)[0] for metric in metrics]
 
     def make(device: torch.device, announce: Announce | None) -> DistanceJudge:

@@ -18,6 +18,9 @@ from srpo_cli import __version__
 from srpo_cli.config.benchmark import Benchmark
 from srpo_cli.errors import UsageError, one_line
 from srpo_cli.metrics.aggregate import ALL, LEVEL, REDUCTIONS, Measure, aggregate, batch_figures, hacking_signals
+from srpo_cli.metrics.intervals import FEW
+from srpo_cli.pages.results import published_note, published_rows
+from srpo_cli.pages.writing import MINUS, interval, number, p_value
 from srpo_cli.runtime.folder import disk_errors, environment, write_atomically
 
 RESULTS, TABLE = "results.json", "images.parquet"
@@ -29,6 +32,8 @@ _KEYS = (
     "protocol",
     "protocol_digest",
     "models",
+    "counts",
+    "notes",
     "measures",
     "groups",
     "figures",
@@ -115,13 +120,16 @@ def _computed(
         label: {group: {name: figure._asdict() for name, figure in own.items()} for group, own in groups.items()}
         for label, groups in found.figures.items()
     }
+    texts = {group: len(own.drop_duplicates("prompt")) for group, own in table.groupby("group", sort=False)}
+    counts = {"prompts": int(table["item"].nunique()), "texts": sum(texts.values())}
     for label, own in sets.items():
-        count = int(table.loc[table["model"] == label, "item"].nunique())
         for name, value in own.items():
-            figures[label][ALL][name] = {"mean": value, "low": None, "high": None, "count": count}
+            figures[label][ALL][name] = {"mean": value, "low": None, "high": None, "count": counts["texts"]}
     known = set(chain.from_iterable(groups[ALL] for groups in figures.values()))
     in_batches = batch_figures(table, measures, batches) if batches else {}
     return {
+        "counts": counts,
+        "notes": _notes(texts),
         "measures": [_record(measure) for measure in measures if measure.name in known],
         "groups": list(found.groups),
         "figures": figures,
@@ -130,8 +138,17 @@ def _computed(
             for label, groups in in_batches.items()
         },
         "comparisons": [comparison._asdict() for comparison in found.comparisons],
-        "hacking": [signal._asdict() for signal in hacking_signals(table)],
+        "hacking": [signal._asdict() for signal in hacking_signals(found, table)],
     }
+
+
+def _notes(texts: Mapping[str, int]) -> list[str]:
+    """What a reader has to know about figures of so many different prompts a group, a sentence each."""
+    count, least = sum(texts.values()), min(texts.values())
+    rough = "intervals and p values of so few are rough"
+    if count < FEW:
+        return [f"Only {count} different prompt{'' if count == 1 else 's'}: {rough}."]
+    return [f"Group by group there are as few as {least} different prompts: {rough}."] if least < FEW else []
 
 
 def _record(measure: Measure) -> dict[str, Any]:
@@ -371,19 +388,8 @@ def shown(figure: Mapping[str, Any] | None, digits: int, sign: bool = False) -> 
     """A figure as text, ``0.289 [0.285, 0.293]``; without an interval where it has none, ``-`` where there is none."""
     if figure is None:
         return _NOTHING
-    plus = "+" if sign else ""
-    # Rounded first, and 0.0 added: a figure of -0.0001 is then 0.000 and not -0.000.
-    mean, *ends = (
-        f"{round(figure[key], digits) + 0.0:{plus}.{digits}f}"
-        for key in ("mean", "low", "high")
-        if figure.get(key) is not None
-    )
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
-
-
-def shown_p(p: float) -> str:
-    """A p value as text."""
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    ends = "" if figure.get("low") is None else f" {interval(figure, digits, sign)}"
+    return (number(figure["mean"], digits, sign) + ends).replace(MINUS, "-")
 
 
 def measure_rows(result: Mapping[str, Any], group: str = ALL) -> list[dict[str, str]]:
@@ -415,8 +421,8 @@ def interval_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
         if len(labels) == 2:
             comparison = compared.get((labels[1], each["name"]))
             row["difference"] = shown(comparison and _difference(comparison), each["digits"], sign=True)
-            row["p (Holm)"] = shown_p(comparison["p_holm"]) if comparison else _NOTHING
-        rows.append(row)
+            row["p (Holm)"] = p_value(comparison["p_holm"], named=False) if comparison else _NOTHING
+        rows.append({**row, "better is": each["better"]})
     return rows
 
 
@@ -430,9 +436,10 @@ def _model_rows(
         {"model": model["label"], **cells(result["figures"][model["label"]].get(group, {}))}
         for model in result["models"]
     ]
-    for row in (result["published"] or {"rows": []})["rows"] if group == ALL else []:
-        figures = {name: {"mean": value} for name, value in row["figures"].items()}
-        rows.append({"model": f"{row['model']} (published)", **cells(figures)})
+    for model, figures in published_rows(result, list(headings.values())) if group == ALL else []:
+        rows.append(
+            {"model": f"{model} (published)", **cells({name: {"mean": value} for name, value in figures.items()})}
+        )
     return rows
 
 
@@ -453,7 +460,7 @@ def difference_rows(result: Mapping[str, Any], group: str = ALL) -> list[dict[st
                     "against": comparison["baseline"],
                     "measure": heading,
                     "difference": shown(_difference(comparison), digits, sign=True),
-                    "p (Holm)": shown_p(comparison["p_holm"]),
+                    "p (Holm)": p_value(comparison["p_holm"], named=False),
                     "higher on": f"{100 * comparison['wins']:.0f} %",
                 }
             )
@@ -470,7 +477,8 @@ def _batch_rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
             for heading, each in headings.items():
                 batch, digits = figures.get(each["name"]), each["digits"]
                 cells[heading] = f"{batch['mean']:.{digits}f} ± {batch['std']:.{digits}f}" if batch else _NOTHING
-            rows.append({"model": label, "group": group, **cells})
+            size = next(iter(figures.values()))["prompts"] if figures else 0
+            rows.append({"model": label, "group": group, "prompts a batch": f"{size:g}", **cells})
     return rows
 
 
@@ -487,21 +495,20 @@ def write_tables(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def _caption(result: Mapping[str, Any]) -> str:
-    prompts = max((figure["count"] for own in result["figures"].values() for figure in own[ALL].values()), default=0)
+    prompts, texts = (result["counts"][key] for key in ("prompts", "texts"))
+    different = f", {texts} different texts" if texts < prompts else ""
     return (
-        f"{result['benchmark']}, {prompts} prompts, protocol {result['protocol_digest']}: "
+        f"{result['benchmark']}, {prompts} prompts{different}, protocol {result['protocol_digest']}: "
         "mean [95 % interval, bootstrap over prompts]"
     )
 
 
 def _markdown_page(result: Mapping[str, Any]) -> str:
-    published = result["published"]
     parts = [f"# {markdown(result['benchmark'])}", markdown(result["description"])]
-    parts += [f"{markdown(_caption(result))}.", _markdown_table(measure_rows(result))]
-    if published:
-        parts.append(
-            f"Published, not measured here: {markdown(published['source'])}. {markdown(published['note'])}".strip()
-        )
+    rows = measure_rows(result)
+    parts += [f"{markdown(_caption(result))}.", *map(markdown, result["notes"]), _markdown_table(rows)]
+    if rows[len(result["models"]) :]:
+        parts.append(f"Published, not measured here: {markdown(published_note(result))}")
     if differences := difference_rows(result):
         parts += ["## Differences", _markdown_table(differences)]
     for group in result["groups"]:
@@ -525,8 +532,9 @@ def _markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 def _latex_table(result: Mapping[str, Any]) -> str:
     rows = measure_rows(result)
     measured = len(result["models"])
-    published = result["published"]
-    notes = [_caption(result), *([f"published rows: {published['source']}. {published['note']}"] if published else [])]
+    notes = [_caption(result), *result["notes"]]
+    if rows[measured:]:
+        notes.append(f"published rows: {published_note(result)}")
     lines = [*(f"% {' '.join(note.split())}" for note in notes), f"\\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"]
     lines += ["\\hline", _latex_row(list(rows[0])), "\\hline"]
     lines += [_latex_row(list(row.values())) for row in rows[:measured]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import zipfile
 from collections import Counter
@@ -21,6 +22,7 @@ from srpo_cli.runtime.prompts import read_prompts
 
 Announce = Callable[[str], None]
 
+_GROUPED_BY = ("group", "style", "category")
 _FILES, _ARCHIVES = "https://raw.githubusercontent.com", "https://github.com"
 Row = tuple[str, str, dict[str, Any]]
 """Group, prompt, and what else a file says of it."""
@@ -59,12 +61,14 @@ class PromptSet:
         sha256: of the JSON of [[group, prompt], ...], which tells two sets of prompts apart.
         origin: where they were found, for people.
         files: by the path that the benchmark states, the sha256 of the bytes of what was read.
+        unverified: those of a repository's files that the benchmark states no digest of.
     """
 
     items: tuple[Item, ...]
     sha256: str
     origin: str
     files: Mapping[str, str] = field(default_factory=dict)
+    unverified: tuple[str, ...] = ()
 
 
 def load_items(benchmark: Benchmark, given: Path | None = None, announce: Announce | None = None) -> PromptSet:
@@ -76,7 +80,7 @@ def load_items(benchmark: Benchmark, given: Path | None = None, announce: Announ
         announce: what to tell of a download before it starts; None: nothing is downloaded.
 
     Raises MissingError with the command that fetches what is not here, SrpoError for files that are not the stated
-    ones, UsageError for files that cannot be read.
+    ones, UsageError for files that cannot be read and for one's own where the benchmark states something else.
     """
     source = benchmark.prompts
     if source.layout == "world":
@@ -92,7 +96,8 @@ def load_items(benchmark: Benchmark, given: Path | None = None, announce: Announ
     first = source.first_of_group
     items = [item for item in items if first is None or item.number < first]
     content = json.dumps([[item.group, item.prompt] for item in items])
-    return PromptSet(tuple(items), hashlib.sha256(content.encode()).hexdigest(), origin, digests)
+    unverified = tuple(name for name in files if source.repo and name not in source.sha256)
+    return PromptSet(tuple(items), hashlib.sha256(content.encode()).hexdigest(), origin, digests, unverified)
 
 
 def select(items: Sequence[Item], limit: int | None = None, group: str | None = None) -> tuple[Item, ...]:
@@ -123,7 +128,8 @@ def picture_path(benchmark: Benchmark, item: Item, image: int = 0) -> str:
     if benchmark.images_per_prompt > 1 and "{image" not in path:
         path += "-{image}"
     name = item.extra.get("name", "")
-    return path.format(id=item.id, group=item.group, number=item.number, index=item.index, image=image, name=name)
+    path = path.format(id=item.id, group=item.group, number=item.number, index=item.index, image=image, name=name)
+    return path.lstrip("/")  # of a prompt without a group
 
 
 # Finding
@@ -297,7 +303,29 @@ def _folder(name: str, path: Path) -> Iterator[Row]:
 
 
 def _table(_name: str, path: Path) -> Iterator[Row]:
-    return (("", prompt, {}) for prompt in read_prompts(str(path)))
+    prompts = read_prompts(str(path))
+    rows = [row for row in _columns(path) if (row["prompt"] or "").strip()]
+    by = next((name for name in _GROUPED_BY if any(row.get(name) for row in rows)), None)
+    groups = [str(row.get(by) or "").strip() for row in rows] if by else [""] * len(prompts)
+    if by and "" in groups:
+        raise UsageError(f"{path}: {prompts[groups.index('')]!r} has no {by}: give every prompt one, or none")
+    return ((group, prompt, {}) for group, prompt in zip(groups, prompts, strict=True))
+
+
+def _columns(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of prompts that has columns, of which ``read_prompts`` has found them readable."""
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        return list(csv.DictReader(io.StringIO(_text(path), newline="")))
+    if kind == ".jsonl":
+        return [json.loads(line) for line in _text(path).split("\n") if line.strip()]
+    if kind != ".parquet":
+        return []
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        names = [name for name in file.schema_arrow.names if name in ("prompt", *_GROUPED_BY)]
+        return file.read(names).to_pylist()
 
 
 _READERS: dict[str, Callable[[str, Path], Iterator[Row]]] = {
@@ -356,9 +384,12 @@ def _check_digests(
 ) -> None:
     for name, expected in benchmark.prompts.sha256.items():
         if digests[name] != expected:
-            raise SrpoError(
+            raise _refusal(
+                benchmark,
                 f"{files[name]} is not the {name} of {benchmark.name}: its sha256 is {digests[name]}, expected is "
-                f"{expected}: {_remedy(benchmark, given)}"
+                f"{expected}",
+                given,
+                "sha256",
             )
 
 
@@ -366,7 +397,8 @@ def _check_counts(benchmark: Benchmark, items: Sequence[Item], origin: str, give
     source = benchmark.prompts
     problem = _wrong_groups(source, items) or _wrong_count(source, items)
     if problem:
-        raise SrpoError(f"{origin} holds {problem}: {_remedy(benchmark, given)}")
+        key = "groups" if source.groups else "count"
+        raise _refusal(benchmark, f"{origin} holds {problem}", given, key)
 
 
 def _wrong_groups(source: PromptsSource, items: Sequence[Item]) -> str:
@@ -389,10 +421,14 @@ def _wrong_count(source: PromptsSource, items: Sequence[Item]) -> str:
     return f"{len(items)} prompts, expected are {source.count}"
 
 
-def _remedy(benchmark: Benchmark, given: Path | None) -> str:
-    if benchmark.prompts.repo is not None and given is None:
-        return f"fetch it anew with {_commands(benchmark.prompts)}, or give the right one with --prompts"
-    return (
-        f"give what {benchmark.name} states, or write a benchmark of your own that says `extends: {benchmark.name}` "
-        "and states what there is"
+def _refusal(benchmark: Benchmark, problem: str, given: Path | None, key: str) -> SrpoError:
+    """The error of prompts that are not the stated ones, with what to do: of one's own, change what ``key`` states."""
+    if benchmark.prompts.repo is None:
+        return UsageError(f"{problem}: change prompts.{key} in {benchmark.name}'s .yaml, or take it out there")
+    if given is None:
+        again = f"fetch it anew with {_commands(benchmark.prompts)}, or give the right one with --prompts"
+        return SrpoError(f"{problem}: {again}")
+    return SrpoError(
+        f"{problem}: give what {benchmark.name} states, or write a benchmark of your own that says "
+        f"`extends: {benchmark.name}` and states what there is"
     )

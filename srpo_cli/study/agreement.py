@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy import ndarray
 
 from srpo_cli.errors import MissingError
-from srpo_cli.study.resample import interval, prompt_counts, resample
+from srpo_cli.metrics.intervals import interval, resample, resampled_counts
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,10 +43,15 @@ def agreement(answers: DataFrame, levels: int, draws: int, seed: int) -> dict[st
     alpha = krippendorff_alpha(counts)
     if math.isnan(alpha):
         return {"alpha": None, "low": None, "high": None, "label": "undefined"}
-    taken = prompt_counts(len(prompts), draws, seed)
-    drawn = [krippendorff_alpha(np.repeat(counts, times[prompt_of], axis=0)) for times in taken]
-    found = interval(alpha, np.array(drawn))
-    return {"alpha": alpha, "low": found["low"], "high": found["high"], "label": _label(alpha)}
+    taken = resampled_counts(len(prompts), draws, torch.Generator().manual_seed(seed))
+    drawn = [
+        krippendorff_alpha(np.repeat(counts, times[prompt_of], axis=0))
+        for part in taken
+        for times in part.int().numpy()
+    ]
+    _, low, high = interval(alpha, np.array(drawn), len(prompts), most=1)
+    # Of a few prompts all resamples can lie to one side of the whole.
+    return {"alpha": alpha, "low": min(low, alpha), "high": max(high, alpha), "label": _label(alpha)}
 
 
 def _label(alpha: float) -> str:
@@ -97,9 +103,10 @@ def _biases(items: DataFrame, draws: int, seed: int) -> dict[str, dict[str, floa
     drawn, total = resample(sums, draws, seed), sums.sum(0)
     with np.errstate(invalid="ignore"):  # a draw may hold none of a rater's prompts
         means, drawn_means = total[:, 0] / total[:, 1], drawn[..., 0] / drawn[..., 1]
-    found = [interval(mean, drawn_means[:, place]) for place, mean in enumerate(means)]
+    own_prompts = np.count_nonzero(sums[..., 1], axis=0)
+    found = [interval(*each) for each in zip(means, drawn_means.T, own_prompts, strict=True)]
     return {
-        str(name): {"bias": each["mean"], "low": each["low"], "high": each["high"]}
+        str(name): dict(zip(("bias", "low", "high"), each, strict=True))
         for name, each in zip(raters, found, strict=True)
     }
 
@@ -110,9 +117,7 @@ def _consistency(own: DataFrame) -> dict[str, Any]:
     both = own.loc[own["kind"] == "repeat", columns].merge(
         own.loc[own["kind"] == "item", columns], on=["unit", "dimension"], suffixes=("", "_first")
     )
-    apart = (both["value"] - both["value_first"]).abs()
     return {
         "repeats": len(both),
-        "repeat_agreement": float((apart == 0).mean()) if len(both) else None,
-        "repeat_within_one": float((apart <= 1).mean()) if len(both) else None,
+        "repeat_agreement": float((both["value"] == both["value_first"]).mean()) if len(both) else None,
     }

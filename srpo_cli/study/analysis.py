@@ -10,11 +10,20 @@ import numpy as np
 from numpy import ndarray
 
 from srpo_cli.errors import UsageError
-from srpo_cli.metrics.aggregate import holm
+from srpo_cli.metrics.intervals import (
+    FEW,
+    Interval,
+    difference_interval,
+    holm,
+    interval,
+    p_value,
+    rate_interval,
+    resample,
+    wilson,
+)
 from srpo_cli.study.agreement import agreement, raters_table
 from srpo_cli.study.export import GRADES, SIDES, Study
 from srpo_cli.study.preference import PRIOR, preferences
-from srpo_cli.study.resample import difference_interval, interval, p_value, rate_interval, resample, wilson
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -24,7 +33,6 @@ FAIL, PASS, GOOD, EXCELLENT = range(len(GRADES))
 OVERALL = "overall"
 _RULE = "overall by the rule"  # stands among the dimensions while all are resampled together
 _REFITS = 1000  # draws of what is computed anew in each, and of which no corrected p is asked
-_FEW = 30  # prompts from which percentile intervals are about as wide as they say
 
 
 def analyze(frame: DataFrame, study: Study, draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
@@ -166,13 +174,13 @@ def _figures(table: ndarray, drawn: ndarray) -> dict[str, Any]:
     counts, prompts = table.sum(0), int(table.any(1).sum())
     with np.errstate(invalid="ignore"):
         means = drawn @ range(len(GRADES)) / drawn.sum(-1)
-    return {
-        "counts": counts.tolist(),
-        "mean": interval(counts @ range(len(GRADES)) / counts.sum(), means),
+    found = {
+        "mean": interval(counts @ range(len(GRADES)) / counts.sum(), means, prompts, least=FAIL, most=EXCELLENT),
         "excellent": rate_interval(_share(counts, EXCELLENT), _share(drawn, EXCELLENT), prompts),
         "excellent_wilson": wilson(counts[EXCELLENT], counts.sum()),
         "good_or_better": rate_interval(_share(counts, GOOD), _share(drawn, GOOD), prompts),
     }
+    return {"counts": counts.tolist(), **{name: each._asdict() for name, each in found.items()}}
 
 
 def _differences(
@@ -184,10 +192,10 @@ def _differences(
     for (number, arm), (place, name) in product(enumerate(others, 1), enumerate(dimensions)):
         drawn_difference = rates[:, place, number] - rates[:, place, 0]
         prompts = int(table[:, place, [0, number]].any(-1).all(1).sum())
-        both = [figures[each][name]["excellent"] for each in (baseline, arm)]
-        found = difference_interval(*both, drawn_difference)
-        row = {"baseline": baseline, "arm": arm, "dimension": name, "difference": found.pop("mean"), **found}
-        rows.append({**row, "p": p_value(drawn_difference, prompts)})
+        both = [Interval(**figures[each][name]["excellent"]) for each in (baseline, arm)]
+        difference, low, high = difference_interval(*both, drawn_difference, prompts)
+        row = {"baseline": baseline, "arm": arm, "dimension": name, "difference": difference, "low": low, "high": high}
+        rows.append({**row, "p": p_value(difference, drawn_difference, prompts)})
     for row, corrected in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = corrected
     return rows
@@ -244,10 +252,15 @@ def _notes(study: Study, items: DataFrame, dimensions: Mapping[str, str], given:
             f"{PRIOR:g}: with two arms half a win each way more than counted), so that an arm which always wins has "
             "one; its interval says little then.",
         ]
-    if prompts < _FEW:
-        notes.append(f"Only {prompts} prompts have answers: intervals from so few are too narrow.")
+    if prompts < FEW:
+        notes.append(f"Only {prompts} prompts have answers: intervals and p values of so few are rough.")
     if given < study.due:
         notes.append(f"{given} of {study.due} answers are in: figures are of these.")
+    if study.waiting.unresolved or study.waiting.with_experts:
+        notes.append(
+            f"Resolutions outstanding: {study.waiting.unresolved} to be given to the experts (`srpo eval rate "
+            f"resolve`), {study.waiting.with_experts} to be answered by them; the raters' own grades count there."
+        )
     if replaced:
         notes.append(f"{replaced} of {len(items)} grades are the experts' consensus in place of a rater's grade.")
     notes += [

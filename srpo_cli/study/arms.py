@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srpo_cli.errors import UsageError
 from srpo_cli.runtime.inputs import list_pictures, with_prompts
 from srpo_cli.runtime.pictures import is_sheet, open_with_metadata, prompt_of
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 _Key = tuple[str, int]  # a prompt, or its id, and a seed or number
-_COLUMNS = ["model", "item", "group", "prompt", "image", "file"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Item:
     """What is compared: one prompt, and for it one picture from every arm.
 
     Attributes:
-        prompt_id: the same for all items of a prompt, which may have several seeds.
+        prompt_id: the same for all items of one text, which may have several seeds.
         group: the prompt's style or category, "" if there is none.
         files: by arm.
     """
@@ -62,33 +65,29 @@ def items_of_folders(arms: Mapping[str, Path], prompts: str | None = None) -> li
     ]
 
 
-def items_of_result(result: Path, arms: Sequence[str] = ()) -> list[Item]:
-    """The pictures of a result of ``srpo eval``; ``arms`` are labels of models in it, all of them if none are named.
+def items_of_result(table: DataFrame, folder: Path, arms: Sequence[str] = ()) -> list[Item]:
+    """The pictures of a result of ``srpo eval``; items of one text are one prompt, by the id of the first.
 
-    UsageError for a folder that is no result, for a model that is not in it, and where a model misses a picture that
-    another has.
+    Args:
+        table: a row for each picture, as in ``images.parquet``.
+        folder: the result's own, in which the table's files are.
+        arms: labels of models in it, all of them if none are named.
+
+    UsageError for a model that is not in it, and where a model misses a picture that another has.
     """
-    import pandas as pd
-
-    path = result / "images.parquet"
-    if not path.is_file():
-        raise UsageError(f"{result} is no result of `srpo eval`: it has no images.parquet")
-    try:
-        table = pd.read_parquet(path, columns=_COLUMNS)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not the table of a result: it needs the columns {', '.join(_COLUMNS)}") from error
     labels = list(dict.fromkeys(table["model"]))
     for arm in arms:
         if arm not in labels:
             raise UsageError.unknown("model", arm, labels)
     table = table[table["model"].isin(arms or labels)]
-    prompts = dict(zip(table["item"], zip(table["prompt"], table["group"], strict=True), strict=True))
+    ids = table.groupby("prompt")["item"].transform("first")
+    known = dict(zip(table["item"], zip(ids, table["prompt"], table["group"], strict=True), strict=True))
     keyed: dict[str, dict[_Key, Path]] = {arm: {} for arm in arms or labels}
     for model, item, image, file in table[["model", "item", "image", "file"]].itertuples(index=False):
-        keyed[model][item, int(image)] = result / file
+        keyed[model][item, int(image)] = folder / file
     return [
-        Item(key[0], *prompts[key[0]], {arm: pictures[key] for arm, pictures in keyed.items()})
-        for key in _crossed(keyed, lambda key: prompts[key[0]][0])
+        Item(*known[key[0]], {arm: pictures[key] for arm, pictures in keyed.items()})
+        for key in _crossed(keyed, lambda key: known[key[0]][1])
     ]
 
 

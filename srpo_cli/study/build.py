@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
@@ -55,12 +55,12 @@ class Options:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt with what is shown of it: pictures, or pairs of them, each pair with the number of its two arms."""
+    """A prompt with what is shown of it: pictures, or pairs of them, each with its group and its arms' number."""
 
     id: str
     prompt: str
-    group: str
     shown: Sequence[Shown]
+    groups: Sequence[str]
     kinds: Sequence[int]
 
 
@@ -104,32 +104,16 @@ def resolve(study: Path) -> int:
     store = Store(study)
     if store.facts.mode != "grades":
         raise UsageError(f"{study} compares pairs: there are no grades to resolve")
-    loads = store.loads("expert")
-    if not loads:
+    if not store.facts.experts:
         raise UsageError(f"{study} has no experts: make a study with --experts 3")
-    disputes = store.disputes()
-    experts, positions = list(loads), dict(loads)
-    tasks = []
-    hands = deal(len(disputes), list(loads.values()), store.facts.seed)
-    for dispute, hand in zip(disputes, hands, strict=True):
-        expert = experts[hand]
-        tasks.append(
-            Task(
-                task=_new_id(),
-                rater=expert,
-                position=positions[expert],
-                kind="resolution",
-                picture=dispute.picture,
-                other=None,
-                prompt_id=dispute.prompt_id,
-                prompt=dispute.prompt,
-                group_name=dispute.group_name,
-                dimensions=dispute.dimensions,
-            )
-        )
-        positions[expert] += 1
-    store.add(tasks)
-    return len(tasks)
+    with store.transaction():  # so that what was read is still so when the tasks are added
+        positions, disputes = store.loads("expert"), store.disputes()
+        experts, hands = list(positions), deal(len(disputes), list(positions.values()), store.facts.seed)
+        for dispute, hand in zip(disputes, hands, strict=True):
+            expert = experts[hand]
+            store.add(Task(_new_id(), expert, positions[expert], "resolution", other=None, **asdict(dispute)))
+            positions[expert] += 1
+    return len(disputes)
 
 
 def _check(items: Sequence[Item], options: Options) -> None:
@@ -137,9 +121,7 @@ def _check(items: Sequence[Item], options: Options) -> None:
     if options.mode == "pairs" and arms < 2:
         raise UsageError(f"pairs need two arms or more, here is {arms}: give another --arm, or --mode grades")
     if options.k > options.raters:
-        raise UsageError(
-            f"--per-prompt {options.k} is more than the {options.raters} raters: give fewer, or more --raters"
-        )
+        raise UsageError(f"--per-prompt {options.k} is more than --raters {options.raters}: give fewer, or more raters")
 
 
 def _fill(
@@ -227,14 +209,14 @@ def _prompts(
     prompts = []
     for prompt_id, numbers in of_prompt.items():
         if mode == "grades":
-            variants = [((shown[number][arm], None), 0) for number in numbers for arm in arms]
+            variants = [((shown[number][arm], None), items[number].group, 0) for number in numbers for arm in arms]
         else:
-            kinds = list(enumerate(combinations(arms, 2)))
             variants = [
-                ((shown[number][one], shown[number][other]), kind) for number in numbers for kind, (one, other) in kinds
+                ((shown[number][one], shown[number][other]), items[number].group, kind)
+                for number in numbers
+                for kind, (one, other) in enumerate(combinations(arms, 2))
             ]
-        first = items[numbers[0]]
-        prompts.append(_Prompt(prompt_id, first.prompt, first.group, *zip(*variants, strict=True)))
+        prompts.append(_Prompt(prompt_id, items[numbers[0]].prompt, *zip(*variants, strict=True)))
     return prompts
 
 
@@ -245,7 +227,7 @@ def _tasks(
     names: Sequence[str],
 ) -> Iterator[Task]:
     """Everyone's tasks in order: the training, then the rater's share of the study."""
-    raters_of = assign([prompt.group for prompt in prompts], options.raters, options.k, options.seed)
+    raters_of = assign([prompt.groups[0] for prompt in prompts], options.raters, options.k, options.seed)
     for rater in range(options.raters):
         mine = [number for number, chosen in enumerate(raters_of) if rater in chosen]
         places = order(mine, [len(prompts[number].shown) for number in mine], options.repeats, options.seed, rater)
@@ -281,7 +263,7 @@ def _share(prompt: _Prompt, place: Place, swaps: Mapping[int, Sequence[bool]]) -
         "other": right,
         "prompt_id": prompt.id,
         "prompt": prompt.prompt,
-        "group_name": prompt.group,
+        "group_name": prompt.groups[place.variant],
     }
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-FAR_APART = 10
-"""Tasks from one picture of a prompt to the next, as far as a study has so many."""
+APART = 10
+"""Tasks from one picture of a prompt to the next at least, where a study has enough of them."""
 
 _TRIES = 100  # at most, to find room for a repeat
 
@@ -52,16 +52,16 @@ def assign(groups: Sequence[str], raters: int, k: int, seed: int) -> list[tuple[
 def order(prompts: Sequence[int], variants: Sequence[int], repeats: float, seed: int, rater: int) -> list[Place]:
     """The order of one rater's tasks.
 
-    The variants of a prompt come in rounds, one of each prompt in a round, so that they are far apart; which variant
-    comes first is balanced over the prompts. ``repeats``, a share of all of them, come once more: where possible a
-    third of all tasks later, and no nearer to the prompt's others than these are to each other.
+    The variants of a prompt come in rounds, at most one of each prompt in a round, so that they are apart; which
+    variant comes first is balanced over the prompts. ``repeats``, a share of all of them, come once more: where
+    possible a third of all tasks later, and no nearer to the prompt's others than these are to each other.
 
     Args:
         prompts: indices of the rater's prompts.
         variants: how many variants each of these has.
     """
     random = Random(f"{seed}:order:{rater}")
-    distance = least_distance(len(prompts), sum(variants), repeats)
+    distance = least_distance(variants, repeats)
     places: list[Place] = []
     last: dict[int, int] = {}
     for waiting in _rounds(prompts, variants, random):
@@ -77,12 +77,16 @@ def order(prompts: Sequence[int], variants: Sequence[int], repeats: float, seed:
     return _with_repeats(places, round(repeats * len(places)), distance, random)
 
 
-def least_distance(prompts: int, tasks: int, repeats: float) -> int:
-    """How far the tasks of a prompt are apart at least, where all prompts have equally many; 0 without tasks."""
+def least_distance(variants: Sequence[int], repeats: float) -> int:
+    """How far the tasks of a prompt are to be apart at least, half a round where that is less than :data:`APART`.
+
+    It is kept where all prompts have equally many variants; 0 without any.
+    """
+    tasks = sum(variants)
     if not tasks:
         return 0
-    half_a_round = (tasks + round(repeats * tasks)) * prompts / (2 * tasks)
-    return min(max(1, int(half_a_round)), FAR_APART, prompts)
+    half_a_round = (tasks + round(repeats * tasks)) // (2 * max(variants))
+    return min(max(1, half_a_round), APART, len(variants))
 
 
 def sides(pairs: Sequence[Iterable[int]], seed: int, rater: int) -> list[list[bool]]:
@@ -118,15 +122,17 @@ def deal(count: int, loads: Sequence[int], seed: int) -> list[int]:
 
 
 def _rounds(prompts: Sequence[int], variants: Sequence[int], random: Random) -> list[list[Place]]:
-    """Each prompt's variants dealt to rounds in turn, from a first one that is balanced over the prompts."""
+    """Each prompt's variants dealt evenly over the rounds, from a first one that is balanced over the prompts."""
     rounds: list[list[Place]] = [[] for _ in range(max(variants, default=0))]
     by_count: dict[int, list[int]] = defaultdict(list)
     for prompt, count in zip(prompts, variants, strict=True):
         by_count[count].append(prompt)
     for count, alike in sorted(by_count.items()):
+        first = random.random()
         for number, prompt in enumerate(random.sample(alike, len(alike))):
             for turn in range(count):
-                rounds[turn].append(Place(prompt, (number + turn) % count))
+                place = (turn + (number + first) / len(alike)) * len(rounds) / count
+                rounds[int(place)].append(Place(prompt, (number + turn) % count))
     return rounds
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from srpo_cli.errors import SrpoError, UsageError
+from srpo_cli.study.rubric import GRADES, SIDES, Mode
+from srpo_cli.study.store import KEY, Store, Waiting
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-GRADES = ("Fail", "Pass", "Good", "Excellent")
-SIDES = ("left", "tie", "right")
-
-_FILES = ("study.json", "private/key.json", "answers.sqlite")
 _SELECTED = (
     *("rater", "role", "task", "position", "kind", "picture", "other", "prompt_id", "group_name", "known"),
     *("dimension", "value", "ms", "answered_at"),
@@ -33,15 +29,16 @@ class Study:
     Attributes:
         name: the study's own.
         mode: "grades": a picture gets a grade on each dimension; "pairs": one of two pictures is preferred, or neither.
-        dimensions: name to title, in the order in which they are asked.
+        dimensions: name to title, in the rubric's order.
         arms: labels of what made the pictures, the baseline first.
         raters, experts: how many there are.
         prompts, pictures: how many are shown, without those of the training.
         due: answers that the raters are asked for, repeats included, training and resolution not.
+        waiting: disputed pictures without the experts' grades.
     """
 
     name: str
-    mode: Literal["grades", "pairs"]
+    mode: Mode
     dimensions: Mapping[str, str]
     arms: tuple[str, ...]
     raters: int
@@ -49,6 +46,7 @@ class Study:
     prompts: int
     pictures: int
     due: int
+    waiting: Waiting
 
 
 def read_study(study: Path, baseline: str | None = None) -> Study:
@@ -57,26 +55,24 @@ def read_study(study: Path, baseline: str | None = None) -> Study:
 
     UsageError for a folder that is no study and for a baseline that is no arm.
     """
-    facts, key = _facts(study), _key(study)
+    store, key = Store(study), _read_key(study)
+    facts = store.facts
     arms = list(dict.fromkeys(entry["arm"] for entry in key.values() if entry.get("arm")))
     if baseline is not None and baseline not in arms:
         raise UsageError.unknown("arm", baseline, arms)
     arms.sort(key=lambda arm: arm != baseline)
-    dimensions = {each["name"]: each.get("title", each["name"]) for each in facts["dimensions"]}
-    with closing(_connect(study)) as database:
-        roles = dict(_query(database, "SELECT role, COUNT(*) FROM raters GROUP BY role", study))
-        tasks = _query(database, "SELECT kind, picture, other, prompt_id FROM tasks", study)
-    items = [task for task in tasks if task[0] == "item"]
+    ((tasks,),) = store.read("SELECT COUNT(*) FROM tasks WHERE kind IN ('item', 'repeat')")
     return Study(
-        name=facts["name"],
-        mode=facts["mode"],
-        dimensions=dimensions,
+        name=facts.name,
+        mode=facts.mode,
+        dimensions={each.name: each.title for each in facts.dimensions},
         arms=tuple(arms),
-        raters=roles.get("rater", 0),
-        experts=roles.get("expert", 0),
-        prompts=len({prompt for *_, prompt in items}),
-        pictures=len({picture for _, *shown, _ in items for picture in shown if picture}),
-        due=len(dimensions) * sum(kind in ("item", "repeat") for kind, *_ in tasks),
+        raters=facts.raters,
+        experts=facts.experts,
+        prompts=facts.prompts,
+        pictures=facts.pictures,
+        due=len(facts.dimensions) * tasks,
+        waiting=store.waiting(),
     )
 
 
@@ -92,22 +88,20 @@ def read_answers(study: Path) -> DataFrame:
     """
     import pandas as pd
 
-    facts, key = _facts(study), _key(study)
-    with closing(_connect(study)) as database:
-        rows = _query(database, _ANSWERS, study)
-    frame = pd.DataFrame(rows, columns=_SELECTED)
-    pairs = facts["mode"] == "pairs"
+    store, key = Store(study), _read_key(study)
+    facts = store.facts
+    frame = pd.DataFrame(map(tuple, store.read(_ANSWERS)), columns=_SELECTED)
+    pairs = facts.mode == "pairs"
     for side, column in {"_left": "picture", "_right": "other"}.items() if pairs else {"": "picture"}.items():
         frame[f"arm{side}"] = [_arm(key, *shown) for shown in zip(frame[column], frame["kind"], strict=True)]
         frame[f"picture{side}"] = frame[column]
     names = SIDES if pairs else GRADES
-    frame["study"] = facts["name"]
+    frame["study"] = facts.name
     frame["group"] = frame["group_name"].fillna("")
     frame["grade"] = frame["value"].map(dict(enumerate(names)))
     known = [_known_value(*each, names) for each in zip(frame["known"], frame["dimension"], strict=True)]
     frame["known"] = pd.array(known, dtype="Int64")
-    asked_in = {each["name"]: place for place, each in enumerate(facts["dimensions"])}
-    frame["place"] = frame["dimension"].map(asked_in)
+    frame["place"] = frame["dimension"].map({each.name: place for place, each in enumerate(facts.dimensions)})
     return frame.sort_values(["rater", "position", "place"], ignore_index=True)[_columns(pairs)]
 
 
@@ -116,12 +110,14 @@ def write_answers(frame: DataFrame, path: Path, text_format: str | None = None) 
 
     UsageError for another ending, and where nothing can be written.
     """
-    from srpo_cli.runtime.folder import write_atomically
+    from srpo_cli.runtime.folder import disk_errors, write_atomically
 
     writers = {"csv": csv_of, "jsonl": jsonl_of, "parquet": lambda table: table.to_parquet(index=False)}
     chosen = text_format or path.suffix.lower().removeprefix(".")
     if chosen not in writers:
         raise UsageError(f"--output {path}: end it in .{', .'.join(writers)}, or say --format csv or jsonl")
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, writers[chosen](frame))
 
 
@@ -145,9 +141,7 @@ def _arm(key: Mapping[str, Mapping[str, Any]], picture: str, kind: str) -> str:
     if kind == "training":  # made by hand, of no arm
         return ""
     if picture not in key:
-        raise SrpoError(
-            f"private/key.json does not know picture {picture}: restore the key that the study was made with"
-        )
+        raise SrpoError(f"{KEY} does not know picture {picture}: restore the key that the study was made with")
     return key[picture]["arm"]
 
 
@@ -157,40 +151,12 @@ def _known_value(known: Any, dimension: str, names: tuple[str, ...]) -> int | No
     return names.index(value) if isinstance(value, str) else value
 
 
-def _facts(study: Path) -> dict[str, Any]:
-    missing = [name for name in _FILES if not (study / name).is_file()]
-    if missing:
-        raise UsageError(f"{study} is no study, it has no {missing[0]}: name a folder of `srpo eval rate new`")
-    facts = _read_json(study / "study.json")
-    if not {"name", "mode", "dimensions"} <= facts.keys():
-        raise UsageError(f"{study / 'study.json'} is not of a study: name a folder of `srpo eval rate new`")
-    return facts
-
-
-def _key(study: Path) -> dict[str, dict[str, Any]]:
-    return _read_json(study / "private" / "key.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_key(study: Path) -> dict[str, dict[str, Any]]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        key = json.loads((study / KEY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
-        raise UsageError(f"{path} cannot be read ({reason}): name a folder of `srpo eval rate new`") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is no JSON object: name a folder of `srpo eval rate new`")
-    return value
-
-
-def _connect(study: Path) -> sqlite3.Connection:
-    """For reading only: raters may be answering meanwhile."""
-    return sqlite3.connect(f"{(study / 'answers.sqlite').absolute().as_uri()}?mode=ro", uri=True, timeout=30)
-
-
-def _query(database: sqlite3.Connection, query: str, study: Path) -> list[tuple[Any, ...]]:
-    try:
-        return database.execute(query).fetchall()
-    except sqlite3.DatabaseError as error:
-        raise UsageError(
-            f"{study / 'answers.sqlite'} holds no answers of a study ({error}): name a folder of `srpo eval rate new`"
-        ) from error
+        raise UsageError(f"{study / KEY} cannot be read ({reason}): name a folder of `srpo eval rate new`") from error
+    if not isinstance(key, dict):
+        raise UsageError(f"{study / KEY} is no JSON object: name a folder of `srpo eval rate new`")
+    return key

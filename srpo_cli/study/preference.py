@@ -10,8 +10,7 @@ import numpy as np
 from numpy import ndarray
 
 from srpo_cli.errors import MissingError
-from srpo_cli.metrics.aggregate import holm
-from srpo_cli.study.resample import interval, p_value, rate_interval, resample
+from srpo_cli.metrics.intervals import holm, interval, p_value, rate_interval, resample
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -51,11 +50,12 @@ def preferences(answers: DataFrame, arms: Sequence[str], draws: int, refits: int
             rates = drawn[:, place] @ [0, 0.5, 1] / drawn[:, place].sum(1)
         losses, ties, wins = (int(count) for count in total[place])
         rate = rate_interval((wins + ties / 2) / (wins + ties + losses), rates, prompts)
-        row = {"arm": arm, "against": against, "wins": wins, "ties": ties, "losses": losses, "rate": rate}
-        win_rates.append({**row, "p": p_value(rates - 0.5, prompts)})
+        row = {"arm": arm, "against": against, "wins": wins, "ties": ties, "losses": losses, "rate": rate._asdict()}
+        win_rates.append({**row, "p": p_value(rate.mean - 0.5, rates - 0.5, prompts)})
     for row, corrected in zip(win_rates, holm([row["p"] for row in win_rates]), strict=True):
         row["p_holm"] = corrected
-    return {"strengths": _strengths(total, drawn[:refits], pairs, compared), "win_rates": win_rates}
+    prompts = int(table.any((1, 2)).sum())
+    return {"strengths": _strengths(total, drawn[:refits], pairs, compared, prompts), "win_rates": win_rates}
 
 
 def _asked(answers: DataFrame, first: str, second: str) -> Any:
@@ -73,11 +73,11 @@ def _tally(answers: DataFrame, pairs: Sequence[tuple[str, str]]) -> ndarray:
 
 
 def _strengths(
-    total: ndarray, drawn: ndarray, pairs: Sequence[tuple[str, str]], arms: Sequence[str]
+    total: ndarray, drawn: ndarray, pairs: Sequence[tuple[str, str]], arms: Sequence[str], prompts: int
 ) -> dict[str, dict[str, float]]:
     found = bradley_terry(_wins(total, pairs, arms))
     refitted = np.stack([bradley_terry(_wins(each, pairs, arms), found) for each in drawn])
-    return {arm: interval(found[place], refitted[:, place]) for place, arm in enumerate(arms)}
+    return {arm: interval(found[place], refitted[:, place], prompts)._asdict() for place, arm in enumerate(arms)}
 
 
 def _wins(tally: ndarray, pairs: Sequence[tuple[str, str]], arms: Sequence[str]) -> ndarray:

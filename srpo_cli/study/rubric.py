@@ -9,7 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from srpo_cli.study.export import GRADES, SIDES
+GRADES = ("Fail", "Pass", "Good", "Excellent")
+SIDES = ("left", "tie", "right")
 
 Mode = Literal["grades", "pairs"]
 

@@ -155,8 +155,9 @@ class Rating:
 
     def _check_origin(self, request: Request) -> None:
         """Refuse what another site made a browser send, even if it knew the link; there are no cookies."""
-        origin = urlsplit(request.headers.get("origin", "")).netloc.lower()
-        if origin not in (request.headers["host"].lower(), self.origin) or request.headers.get(HEADER) != "1":
+        origin = request.headers.get("origin", "")
+        place, asked = _place_of(origin), _place_of(f"{origin.partition(':')[0]}://{request.headers['host']}")
+        if not place or place not in (asked, self.origin) or request.headers.get(HEADER) != "1":
             raise HTTPException(403, "not from the study's own page")
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "answers are JSON")
@@ -211,7 +212,7 @@ def make_app(study: Path, hosts: Iterable[str] = (), url: str | None = None) -> 
         if not name or urlsplit(url).scheme not in ("http", "https"):
             raise UsageError(f"--url {url}: give it as in --url https://rate.example.org")
         names.add(name)
-    rating = Rating(Store(study), urlsplit(url).netloc.lower() if url else None)
+    rating = Rating(Store(study), _place_of(url) if url else None)
     return Guard(Starlette(routes=rating.routes(), exception_handlers=handlers), frozenset(names))
 
 
@@ -288,6 +289,15 @@ def _host_of(address: str) -> str | None:
         return urlsplit(address).hostname
     except ValueError:
         return None
+
+
+def _place_of(address: str) -> str:
+    """Host and port of an address as browsers write them, without the scheme's own port; "" where it has none."""
+    try:
+        parts = urlsplit(address.lower())
+    except ValueError:
+        return ""
+    return parts.netloc.removesuffix({"http": ":80", "https": ":443"}.get(parts.scheme, ""))
 
 
 async def _body(request: Request) -> bytes:

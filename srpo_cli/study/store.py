@@ -6,6 +6,7 @@ import hashlib
 import json
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from srpo_cli.errors import UsageError
+from srpo_cli.errors import UsageError, one_line
 from srpo_cli.study.rubric import Facts
 
 FACTS, ANSWERS, KEY, LINKS, PICTURES = (
@@ -131,7 +132,13 @@ class Standing:
 
 @dataclass(frozen=True)
 class Progress:
-    """A rater's part of ``srpo eval rate status``; ``median_seconds`` of an answer, None before the first."""
+    """A rater's part of ``srpo eval rate status``.
+
+    Attributes:
+        done, total: tasks.
+        median_seconds: of an answer, None before the first.
+        repeats: answers to tasks that came once more.
+    """
 
     rater: str
     role: str
@@ -185,7 +192,8 @@ def read_facts(study: Path) -> Facts:
 
 
 def create(path: Path, raters: Iterable[tuple[str, str, str]], tasks: Iterable[Task]) -> None:
-    """Make the database; ``raters`` are names, roles and tokens."""
+    """Make the database, for its owner only; ``raters`` are names, roles and tokens."""
+    path.touch(mode=0o600, exist_ok=False)  # SQLite gives the log beside it the same mode
     with closing(sqlite3.connect(path)) as database:
         database.executescript(_SCHEMA)
         with database:
@@ -198,7 +206,7 @@ class Store:
     """The database of a study, for any number of threads and processes at once.
 
     Args:
-        study: its folder; UsageError for one that is no study.
+        study: its folder; UsageError for one that is no study, or whose database is damaged.
     """
 
     def __init__(self, study: Path) -> None:
@@ -206,16 +214,17 @@ class Store:
         self._names = [dimension.name for dimension in self.facts.asked]
         self._local = threading.local()
         self._writing = threading.Lock()  # threads queue; SQLite would let them sleep and try again
+        self._check()
 
     def rater(self, token: str) -> str | None:
         """Whose token it is."""
-        row = self._read("SELECT rater FROM raters WHERE token_sha256 = ?", digest(token))
+        row = self.read("SELECT rater FROM raters WHERE token_sha256 = ?", digest(token))
         return row[0]["rater"] if row else None
 
     def shows(self, rater: str, picture: str) -> bool:
         """Whether a picture is in one of the rater's tasks."""
         query = "SELECT 1 FROM tasks WHERE rater = ? AND (picture = ? OR other = ?) LIMIT 1"
-        return bool(self._read(query, rater, picture, picture))
+        return bool(self.read(query, rater, picture, picture))
 
     def standing(self, rater: str) -> Standing:
         """Where the rater goes on."""
@@ -227,7 +236,7 @@ class Store:
             "SELECT * FROM tasks WHERE rater = ? AND position >= ? ORDER BY position LIMIT 2", rater, position
         )
         asked = self._asked(task)
-        given = {row["dimension"] for row in self._read("SELECT dimension FROM answers WHERE task = ?", task.task)}
+        given = {row["dimension"] for row in self.read("SELECT dimension FROM answers WHERE task = ?", task.task)}
         step = next(i for i, name in enumerate(asked) if name not in given)
         last = self._last_of(task if step else self._before(rater, position))
         return Standing(done, total, task, step, len(asked), asked[step], last, next(iter(following), None))
@@ -239,10 +248,10 @@ class Store:
         what is not the rater's, and RefusedError for a request that was stored with another content, an answer to
         anything but the question to go on with, and taking back anything but the last answer.
         """
-        with self._transaction() as database:
-            if not self._read("SELECT 1 FROM tasks WHERE task = ? AND rater = ?", change.task, rater):
+        with self.transaction() as database:
+            if not self.read("SELECT 1 FROM tasks WHERE task = ? AND rater = ?", change.task, rater):
                 raise UnknownTaskError(change.task)
-            same = self._read(
+            same = self.read(
                 "SELECT request, task, dimension, value, ms FROM changes WHERE request = ?", change.request
             )
             if same:
@@ -276,29 +285,24 @@ class Store:
     def progress(self) -> list[Progress]:
         """How far everyone is, raters before experts."""
         times: dict[str, list[int]] = {}
-        for row in self._read("SELECT rater, ms FROM answers JOIN tasks USING (task)"):
+        repeats: Counter[str] = Counter()
+        for row in self.read("SELECT rater, ms, kind FROM answers JOIN tasks USING (task)"):
             times.setdefault(row["rater"], []).append(row["ms"])
-        repeats = {
-            row["rater"]: row["repeats"]
-            for row in self._read(
-                "SELECT rater, count(DISTINCT task) AS repeats FROM answers JOIN tasks USING (task) "
-                "WHERE kind = 'repeat' GROUP BY rater"
-            )
-        }
+            repeats[row["rater"]] += row["kind"] == "repeat"
         found = []
-        for row in self._read("SELECT rater, role FROM raters ORDER BY role DESC, rater"):
+        for row in self.read("SELECT rater, role FROM raters ORDER BY role DESC, rater"):
             rater, standing = row["rater"], self.standing(row["rater"])
             seconds = median(times[rater]) / 1000 if rater in times else None
-            found.append(Progress(rater, row["role"], standing.done, standing.total, seconds, repeats.get(rater, 0)))
+            found.append(Progress(rater, row["role"], standing.done, standing.total, seconds, repeats[rater]))
         return found
 
     def disputes(self) -> list[Dispute]:
         """What raters differ on by :data:`DISPUTED` or more and no expert has been given, a row for each picture."""
-        if self.facts.mode != "grades":
+        if self.facts.mode != "grades" or not self.facts.experts:
             return []
         given = self._given()
         found: dict[str, Dispute] = {}
-        for row in self._read(_SPREAD, DISPUTED):
+        for row in self.read(_SPREAD, DISPUTED):
             picture, *rest, dimension = row
             if (picture, dimension) not in given:
                 before = found[picture].dimensions if picture in found else ()
@@ -312,21 +316,20 @@ class Store:
 
     def loads(self, role: str) -> dict[str, int]:
         """Tasks by rater."""
-        rows = self._read(
+        rows = self.read(
             "SELECT raters.rater AS rater, count(task) AS tasks FROM raters LEFT JOIN tasks USING (rater) "
             "WHERE role = ? GROUP BY raters.rater ORDER BY raters.rater",
             role,
         )
         return {row["rater"]: row["tasks"] for row in rows}
 
-    def add(self, tasks: Sequence[Task]) -> None:
-        """Add tasks behind those that their raters have."""
-        with self._transaction() as database:
-            _insert(database, tasks)
+    def add(self, task: Task) -> None:
+        """Add a task behind those that its rater has."""
+        _insert(self._database(), [task])
 
     def _given(self) -> dict[tuple[str, str], bool]:
         """By picture and dimension what experts were given, and whether they have answered."""
-        answered = {(row["task"], row["dimension"]) for row in self._read("SELECT task, dimension FROM answers")}
+        answered = {(row["task"], row["dimension"]) for row in self.read("SELECT task, dimension FROM answers")}
         return {
             (task.picture, name): (task.task, name) in answered
             for task in self._tasks("SELECT * FROM tasks WHERE kind = 'resolution'")
@@ -347,7 +350,7 @@ class Store:
         """The last answer of a task; none of a training task, whose right answer has been told."""
         if task is None or task.kind == "training":
             return None
-        rows = self._read("SELECT dimension, value FROM answers WHERE task = ?", task.task)
+        rows = self.read("SELECT dimension, value FROM answers WHERE task = ?", task.task)
         given = {row["dimension"]: row["value"] for row in rows}
         return next(((task.task, name, given[name]) for name in reversed(self._asked(task)) if name in given), None)
 
@@ -355,16 +358,31 @@ class Store:
         return [name for name in self._names if task.dimensions is None or name in task.dimensions]
 
     def _tasks(self, query: str, *values: Any) -> list[Task]:
-        return [_task(row) for row in self._read(query, *values)]
+        return [_task(row) for row in self.read(query, *values)]
 
-    def _read(self, query: str, *values: Any) -> list[sqlite3.Row]:
+    def read(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        """The rows of an SQL query."""
         return self._database().execute(query, values).fetchall()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Nobody else writes until this is left; if an error leaves it, nothing was written."""
         with self._writing, self._database() as database:
             database.execute("BEGIN IMMEDIATE")
             yield database
+
+    def _check(self) -> None:
+        try:
+            found = self.read("PRAGMA quick_check(1)")[0][0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+            for table in ("raters", "tasks", "answers", "changes"):
+                self.read(f"SELECT 1 FROM {table} LIMIT 1")
+        except sqlite3.DatabaseError as error:
+            raise UsageError(
+                f"{self.study / ANSWERS} is no database of answers ({one_line(error)}): restore it from a backup, or "
+                "make a study with `srpo eval rate new`"
+            ) from error
 
     def _database(self) -> sqlite3.Connection:
         """This thread's connection."""

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -131,7 +132,7 @@ def test_it_writes_a_folder_prints_a_table_and_says_where_the_report_is(srpo):
     head, row = outcome.stdout.splitlines()[:2]
     assert head.split()[:3] == ["model", "photo", "distance"] and row.split()[0] == "miniature"
     assert f"{read('out')['figures']['miniature']['all']['photo_distance']['mean']:.3f}" in row
-    assert outcome.stderr.splitlines() == ["miniature: 4 pictures of 4 prompts", "report: out/report.html"]
+    assert outcome.stderr.splitlines() == ["miniature: drawing 4 pictures of 4 prompts", "report: out/report.html"]
 
 
 @pytest.mark.parametrize(
@@ -157,12 +158,13 @@ def test_with_and_without_run_are_the_same_and_the_second_call_draws_nothing(srp
     one = read("out")
     times = {path: path.stat().st_mtime_ns for path in Path("out").glob("[ps]*/*/*e[ed]*.p*")}
     second = srpo("eval", "run", "miniature", *WORLD, "-o", "out")
-    assert (first.exit_code, first.stdout, first.stderr) == (second.exit_code, second.stdout, second.stderr)
+    assert (first.exit_code, first.stdout) == (second.exit_code, second.stdout)
+    assert second.stderr == first.stderr.replace(" prompts", " prompts; of the 4 there what matches is kept")
     assert {key: read("out")[key] for key in one if key not in ("cost", "environment")} == {
         key: one[key] for key in one if key not in ("cost", "environment")
     }
     assert {path: path.stat().st_mtime_ns for path in times} == times and times
-    assert read("out")["cost"]["miniature"]["pictures_drawn"] == 0
+    assert read("out")["cost"]["miniature"]["pictures_drawn"] == LIMIT  # of both calls together
 
 
 def test_without_a_model_and_an_output_the_miniature_goes_to_evals(srpo):
@@ -215,7 +217,7 @@ def test_the_path_of_hpdv2_with_prompts_of_the_world(srpo):
     rows = pd.read_parquet("photo/images.parquet")
     assert list(rows["item"]) == ["photo/00000", "photo/00001"]
     assert list(rows["seed"]) == [42 + 9000, 42 + 10000]
-    assert read("photo")["protocol"]["group"] == "photo"
+    assert read("photo")["selection"]["group"] == "photo"
     refused(srpo(*given[:-1], "x", "--style", "photos"), "Unknown group 'photos'. Did you mean 'photo'?")
     assert not Path("x").exists()
 
@@ -283,6 +285,33 @@ def test_a_plugin_runs_when_it_is_trusted(srpo, tmp_path, monkeypatch):
     assert "brightness.py" in read("out")["figures"]["miniature"]["all"]
 
 
+def test_an_interrupt_before_anything_is_drawn_says_how_to_go_on(srpo, monkeypatch):
+    def interrupted(_name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("srpo_cli.config.benchmark.load_benchmark", interrupted)
+    outcome = srpo("eval", "miniature", *WORLD)
+    assert outcome.exit_code == 130
+    assert outcome.stderr.splitlines()[0] == "stopped: the same command goes on with what is missing"
+
+
+def test_the_example_of_the_documentation_runs_as_it_is_written(srpo, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    docs = Path(__file__).parents[2] / "docs" / "evaluation.md"
+    (example,) = re.findall("```yaml\n(.*?)```", docs.read_text(), re.DOTALL)
+    Path("mine.yaml").write_text(example)
+    Path("captions.csv").write_text("prompt,style\na cat,photo\na fox,anime\n")
+    for name in ("photo", "anime"):
+        Path("theirs", name).mkdir(parents=True)
+    for number in range(4):
+        for name in ("photo", "anime"):
+            Image.new("RGB", (1024, 1024), (60 * number, 9, 9)).save(f"theirs/{name}/00000-{number}.png")
+    outcome = srpo("eval", "theirs", "-b", "mine.yaml", "-o", "out")
+    assert outcome.exit_code == 3, outcome.stderr  # for want of the reward's weights
+    assert (read("out")["groups"], read("out")["counts"]["prompts"]) == (["photo", "anime"], 2)
+    assert {each["metric"] for each in read("out")["skipped"]} == {"hpsv2.1", "sgp:hpsv2.1", "diversity:hpsv2.1"}
+
+
 @pytest.mark.slow
 def test_an_interrupt_leaves_what_was_drawn_and_says_how_to_go_on():
     command = [sys.executable, "-m", "srpo_cli", "eval", "miniature", "-b", "miniature", "-o", "out"]
@@ -342,6 +371,15 @@ def test_a_heading_names_a_measure_too(srpo, copied, tuned):
     assert srpo(*given, "--fail-under", "sgp-MINIATURE win rate=0").exit_code == 0
 
 
+def test_a_metric_is_bounded_whatever_models_are_called(srpo):
+    given = ("eval", "sgp=miniature", "b=miniature", *WORLD, "--metric", "sgp:miniature", "-o", "out")
+    outcome = srpo(*given, "--metric", "miniature", "--fail-under", "sgp:miniature=1")
+    assert [line.split()[2] for line in outcome.stderr.splitlines() if line.startswith("--fail-")] == ["sgp", "b"]
+    outcome = srpo(*given, "--metric", "miniature", "--fail-under", "sgp:plain reward=1")
+    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("--fail-")]
+    assert line.startswith("--fail-under sgp:plain reward=1: sgp has ")
+
+
 def test_a_bound_of_a_metric_that_was_left_out_is_missed(srpo):
     given = ("eval", "miniature", *WORLD, "--metric", "pickscore", "--metric", "statistics", "-o", "out")
     outcome = srpo(*given, "--fail-over", "pickscore=100")
@@ -379,7 +417,7 @@ def test_a_bound_of_a_metric_that_was_left_out_is_missed(srpo):
         ("miniature -b miniature --metric diversity:miniature", ["give --num-images 2 or more"]),
         ("miniature -b miniature --metric fid", ["--reference"]),
         ("miniature -b miniature --reference given", ["--reference given is of no use without --metric fid or kid"]),
-        ("miniature -b miniature --metric kid:miniature --reference nope", ["--reference nope is no folder"]),
+        ("miniature -b miniature --metric kid:miniature --reference nope", ["kid:miniature: nope is no folder"]),
         ("miniature -b miniature --metric fid:miniature --reference given", ["given holds no picture"]),
         ("miniature -b miniature --style photo", ["there is no group 'photo': this benchmark has no groups"]),
         ("miniature -b miniature --limit 0", ["--limit", "should be greater than or equal to 1"]),
@@ -398,7 +436,16 @@ def test_a_bound_of_a_metric_that_was_left_out_is_missed(srpo):
             "miniature -b miniature --metric pickscore --fail-under pik=1",
             ["Unknown measure 'pik'.", "Available: pickscore, Pick."],
         ),
-        ("a=miniature -b miniature --fail-over b:caption=1", ["Unknown measure 'b:caption'"]),
+        (
+            "a=miniature c=miniature -b miniature --fail-over b:caption=1",
+            ["b:caption: no model is called 'b' (there are a, c), and no measure 'b:caption'"],
+        ),
+        ("a=miniature -b miniature --fail-over b:captoin=1", ["Unknown measure 'b:captoin'"]),
+        (
+            "a,b=miniature -b miniature",
+            ["a,b=miniature: give every model a label of its own, of letters, digits, _, - and ."],
+        ),
+        ("=miniature -b miniature", ["=miniature: give every model a label of its own, of letters"]),
         (
             "miniature -b miniature --metric kid:miniature --reference real -n 2 --limit 1",
             ["kid:miniature needs 4 pictures or more, and there are 2"],
@@ -441,7 +488,7 @@ def test_prompts_that_are_not_here_are_told_with_the_command_that_fetches_them(s
 def test_another_protocol_in_the_same_folder_is_refused_and_nothing_written_over(srpo, copied, tuned):
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     given = ("eval", "base=miniature", tuned, "--benchmark", "miniature", "-o", copied)
-    refused(srpo(*given, "--limit", 5), "holds a result of miniature with limit 4, not 5: choose another --output")
+    refused(srpo(*given, "--limit", 5), "a result of miniature with prompt_count 4, not 5: choose another --output")
     refused(srpo(*given, "--limit", 4, "-n", 2), "images_per_prompt 1, not 2")
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
@@ -478,12 +525,12 @@ def test_results_side_by_side_are_told_apart_by_their_folders(srpo, evaluated, t
 
 def test_results_of_different_protocols_are_put_together_only_on_demand(srpo, evaluated):
     srpo("eval", "other=miniature", "--benchmark", "miniature", "--limit", 3, "-o", "short")
-    refused(srpo("eval", "show", evaluated, "short"), "limit is 4 and 3", "--allow-different")
+    refused(srpo("eval", "show", evaluated, "short"), "prompt_count is 4 and 3", "--allow-different")
     outcome = srpo("eval", "show", evaluated, "short", "--allow-different", "--format", "json")
     assert outcome.exit_code == 0
     merged = json.loads(outcome.stdout)
     assert {figure["count"] for own in merged["figures"].values() for figure in own["all"].values()} == {3}
-    assert "limit is 4 and 3" in merged["protocol"]["mixed"]
+    assert "prompt_count is 4 and 3" in merged["protocol"]["mixed"]
 
 
 def test_a_result_among_several_is_not_written_over(srpo, copied):
@@ -499,6 +546,7 @@ def test_a_result_among_several_is_not_written_over(srpo, copied):
 def test_help_names_every_benchmark_and_the_ways_to_go(srpo):
     whole = " ".join(srpo("eval", "--help").stdout.replace("│", " ").split())
     assert "srpo eval MODEL... --benchmark NAME is short for srpo eval run" in whole
+    assert "srpo eval run --help lists its options" in whole
     text = " ".join(srpo("eval", "run", "--help").stdout.replace("│", " ").split())
     for name in benchmark_names():
         assert name in text

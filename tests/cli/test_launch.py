@@ -215,7 +215,7 @@ def test_two_processes_evaluate_as_one_does_and_go_on_with_what_is_missing(tmp_p
         assert (exit_code, errors(stderr)) == (5, [])
         assert stdout.count("photo distance") == 2
         told = [
-            "miniature: 18 pictures",
+            "miniature: drawing 18 pictures",
             "left out: pickscore: ",
             "report: out/report.html",
             "--fail-under pickscore=1:",

@@ -13,11 +13,15 @@ from contextlib import closing
 from pathlib import Path
 from urllib.request import urlopen
 
+import pandas as pd
 import pytest
 from PIL import Image
 
 from srpo_cli.cli.errors import one_line_errors
 from srpo_cli.cli.rate import app
+from srpo_cli.config.benchmark import Benchmark
+from srpo_cli.metrics.aggregate import Measure
+from srpo_cli.recipes.results import Result, summarise, write_result
 
 PROMPTS = ("a red sphere", "a blue cone", "a green cube", "a yellow pyramid")
 
@@ -87,6 +91,49 @@ def test_what_is_asked_can_be_chosen(rate):
         assert database.execute("SELECT count(*) FROM tasks").fetchone() == (4,)
 
 
+def write_result_here() -> None:
+    """The pictures as a result of ``srpo eval``."""
+    prompts = {"layout": "lines", "files": ["prompts.txt"]}
+    benchmark = Benchmark.model_validate(
+        {"name": "tiny", "description": "Four prompts", "prompts": prompts, "metrics": ["hpsv2.1"]}
+    )
+    rows = [
+        {
+            "model": arm,
+            "item": f"{number:05d}",
+            "group": "",
+            "prompt": prompt,
+            "image": 0,
+            "file": f"{arm}/{number}.png",
+        }
+        for arm in ("base", "ours")
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    table = pd.DataFrame(rows).assign(seed=0, **{"hpsv2.1": 0.25})
+    measures = [Measure("hpsv2.1", "HPS", ("hpsv2.1",))]
+    data = summarise(table, measures, benchmark, {}, [{"label": "base"}, {"label": "ours"}])
+    write_result(Result(data, table, Path()))
+
+
+@pytest.mark.parametrize("named", [".", "results.json"])
+def test_the_models_of_a_result_are_arms(rate, named):
+    write_result_here()
+    code, _, err = rate("new", "study", "--from", named, "--arm", "ours", "--arm", "base")
+    assert code == 0 and "study: 4 prompts, 8 pictures" in err
+    assert {entry["arm"]: Path(entry["file"]).parent.name for entry in ids().values()} == {
+        "ours": "ours",
+        "base": "base",
+    }
+    Path("images.parquet").unlink()
+    code, _, err = rate("new", "again", "--from", named)
+    assert code == 2 and "has no images.parquet, which says what its pictures show" in err
+
+
+@pytest.mark.parametrize(("command", "words"), [("new", "10 tasks or more"), ("status", "repeated answers")])
+def test_help_says_how_far_apart_and_what_is_counted(rate, command, words):
+    assert words in " ".join(rate(command, "--help")[1].split())
+
+
 def test_training_items_are_read(rate):
     row = {"image": "base/0.png", "prompt": "a red sphere", "grades": {"detail": "Pass"}}
     Path("lessons.jsonl").write_text(json.dumps(row))
@@ -103,10 +150,10 @@ def test_training_items_are_read(rate):
         (("--arm", "base"), "--arm base: give NAME=DIR"),
         (("--arm", "base=base", "--arm", "base=ours"), "--arm base is given twice"),
         (("--arm", "base=nowhere"), "--arm base=nowhere: there is no such folder"),
-        (("--from", "base"), "base is no result of `srpo eval`: it has no images.parquet"),
+        (("--from", "base"), "base/results.json does not exist: give the results.json of srpo eval"),
         (("--from", "base", "--arm", "a=b"), "--arm a=b names a folder: with --from give the name of a model"),
         (("--from", "base", "--prompts", "p.txt"), "--prompts p.txt is of no use with --from"),
-        ((*ARMS, "--raters", "2", "--per-prompt", "3"), "--per-prompt 3 is more than the 2 raters"),
+        ((*ARMS, "--raters", "2", "--per-prompt", "3"), "--per-prompt 3 is more than --raters 2"),
         ((*ARMS, "--training", "nowhere.jsonl"), "cannot read training items from nowhere.jsonl"),
         (("--arm", "base=base", "--mode", "pairs"), "pairs need two arms or more, here is 1"),
         ((*ARMS, "--repeats", "2"), "--repeats"),
@@ -146,21 +193,59 @@ def answer(rater: str, value: int, seconds: float) -> None:
 def test_status_tells_how_far_everyone_is_and_what_awaits_the_experts(rate):
     rate("new", "study", *ARMS, "--raters", "2", "--experts", "2", "--repeats", "0.25")
     code, out, err = rate("status", "study")
-    assert code == 0 and "0 of 10" in out and err == ""
+    assert code == 0 and "0 of 10" in out and "repeated answers" in out and err == ""
     answer("r01", 0, 2.5)
     answer("r02", 3, 1.0)
     _, out, err = rate("status", "study")
-    assert re.search(r"r01 +rater +10 of 10 +2\.5 +2", out) and re.search(r"e01 +expert +0 of 0", out)
+    assert re.search(r"r01 +rater +10 of 10 +2\.5 +10\b", out) and re.search(r"e01 +expert +0 of 0", out)
     assert "raters differ on 8 pictures: srpo eval rate resolve study" in err
     assert "8 new pictures for the experts" in rate("resolve", "study")[2]
     document = json.loads(rate("status", "study", "--format", "json")[1])
     assert document["disputed_pictures"] == {"unresolved": 0, "with_experts": 8}
     assert [each["total"] for each in document["raters"]] == [10, 10, 4, 4]
     assert document["raters"][0] == {
-        **{"rater": "r01", "role": "rater", "done": 10, "total": 10, "median_seconds": 2.5, "repeats": 2}
+        **{"rater": "r01", "role": "rater", "done": 10, "total": 10, "median_seconds": 2.5, "repeats": 10}
     }
     answer("e01", 1, 1.0)
-    assert "4 pictures await the experts' answers" in rate("status", "study")[2]
+    assert "pictures that await the experts' answers: 4" in rate("status", "study")[2]
+
+
+def test_a_single_arm_is_graded_with_a_note_and_what_is_one_is_no_plural(rate):
+    code, _, err = rate("new", "study", "--arm", "base=base", "--raters", "1", "--experts", "1")
+    assert code == 0
+    assert "study: 4 prompts, 4 pictures, 1 rater, 1 for each prompt" in err.splitlines()
+    assert "note: base is the only arm: its grades are compared with nothing" in err.splitlines()
+    assert "only arm" not in rate("new", "two", *ARMS)[2]
+    answer("r01", 3, 1.0)
+    assert rate("analyze", "study")[0] == 0
+
+
+def test_one_disputed_picture_is_no_plural(rate):
+    for path in [*Path("base").glob("[1-3].*")]:
+        path.unlink()
+    rate("new", "study", "--arm", "base=base", "--raters", "2", "--experts", "1", "--repeats", "0")
+    answer("r01", 0, 1.0)
+    answer("r02", 3, 1.0)
+    assert "raters differ on 1 picture: srpo eval rate resolve study" in rate("status", "study")[2]
+    assert "1 new picture for the experts" in rate("resolve", "study")[2]
+    assert "pictures that await the experts' answers: 1" in rate("status", "study")[2]
+
+
+def test_a_study_without_experts_is_not_told_to_resolve(rate):
+    rate("new", "study", *ARMS, "--raters", "2", "--experts", "0")
+    answer("r01", 0, 1.0)
+    answer("r02", 3, 1.0)
+    code, _, err = rate("status", "study")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["status", "serve", "resolve", "export", "analyze"])
+def test_a_damaged_database_is_one_line_before_anybody_gets_a_link(rate, command):
+    rate("new", "study", *ARMS)
+    Path("study/answers.sqlite").write_text("xx\n")
+    code, out, err = rate(command, "study")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "study/answers.sqlite is no database of answers (file is not a database): restore it from a backup" in err
 
 
 @pytest.mark.parametrize("command", ["status", "serve", "resolve"])
@@ -236,3 +321,15 @@ def test_light_commands_load_nothing_heavy():
         "print(sorted({'torch', 'numpy', 'pandas', 'PIL'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_analyze_says_how_many_resolutions_are_outstanding(rate):
+    rate("new", "study", *ARMS, "--raters", "2", "--experts", "2")
+    answer("r01", 0, 1.0)
+    answer("r02", 3, 1.0)
+    assert "Resolutions outstanding: 8 to be given to the experts" in rate("analyze", "study")[2]
+    rate("resolve", "study")
+    answer("e01", 1, 1.0)
+    assert "0 to be given to the experts (`srpo eval rate resolve`), 4 to be answered" in rate("analyze", "study")[2]
+    answer("e02", 1, 1.0)
+    assert "outstanding" not in rate("analyze", "study")[2]

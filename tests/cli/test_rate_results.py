@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -77,9 +77,9 @@ def test_export_writes_other_formats(make, srpo, tmp_path):
     answer_all(study, strict_and_mild)
     lines = srpo("eval", "rate", "export", study, "--format", "jsonl").stdout.splitlines()
     assert [json.loads(line)["task"] for line in lines] == read_answers(study)["task"].tolist()
-    done = srpo("eval", "rate", "export", study, "-o", tmp_path / "answers.parquet")
+    done = srpo("eval", "rate", "export", study, "-o", tmp_path / "new" / "folder" / "answers.parquet")
     assert done.stdout == ""
-    assert len(pd.read_parquet(tmp_path / "answers.parquet")) == len(lines)
+    assert len(pd.read_parquet(tmp_path / "new" / "folder" / "answers.parquet")) == len(lines)
     refused = srpo("eval", "rate", "export", study, "-o", tmp_path / "answers.xlsx")
     assert refused.exit_code == 2
     assert "answers.xlsx" in refused.stderr
@@ -108,7 +108,7 @@ def test_analyze_prints_the_rates_and_writes_a_report(make, srpo):
     expected = analysis["grades"]["ours"]["realism"]["excellent"]
     line = next(line for line in done.stdout.splitlines() if line.startswith("ours"))
     assert f"{100 * expected['mean']:.1f} [{100 * expected['low']:.1f}, {100 * expected['high']:.1f}]" in line
-    for heading in ("Excellent", "Difference", "Agreement", "Raters"):
+    for heading in ("Excellent", "Difference", "Agreement", "Raters", "Overall by the rule"):
         assert heading in done.stdout
     page = (study / "analysis" / "report.html").read_text()
     assert "Realism and artifacts" in page
@@ -156,10 +156,10 @@ def test_a_preference_shows_in_pairs_on_either_side(make, srpo):
     assert "Excellent" not in done.stdout
 
 
-def result_in(folder: Path) -> Path:
+def result_in(folder: Path, labels: Sequence[str] = ("base", "ours")) -> Path:
     """A result of two models with two pictures each."""
     rows = []
-    for model, number in product(("base", "ours"), range(2)):
+    for model, number in product(labels, range(2)):
         file = folder / f"{model}-{number}.png"
         folder.mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 90 * number, np.uint8)).save(file)
@@ -170,9 +170,9 @@ def result_in(folder: Path) -> Path:
         {"name": "tiny", "description": "Two prompts", "prompts": prompts, "metrics": ["hpsv2.1"]}
     )
     known = {"model": "miniature", "weights": None, "fingerprint": "0", "folder": ".", "pictures": 2}
-    models = [{"label": label, **known} for label in ("base", "ours")]
+    models = [{"label": label, **known} for label in labels]
     table = pd.DataFrame(rows)
-    facts = {"prompts_sha256": 64 * "0", "items": 2, "limit": None, "group": None, "steps": 12, "size": [8, 8]}
+    facts = {"prompts_sha256": 64 * "0", "prompt_count": 2, "items": 16 * "0", "steps": 12, "size": [8, 8]}
     protocol = {"benchmark": benchmark.model_dump(mode="json"), **facts, "judges": {}}
     data = summarise(table, [Measure("hpsv2.1", "HPS", ("hpsv2.1",))], benchmark, protocol, models)
     write_result(Result(data, table, folder))
@@ -190,6 +190,31 @@ def test_people_and_measures_share_a_report(make, srpo, tmp_path, named):
     assert "HPS" in page
     assert (folder / "analysis.json").is_file()
     assert not (study / "analysis").exists()
+    assert "no model of" not in done.stderr
+
+
+def test_a_result_of_other_models_is_refused_and_one_that_lacks_an_arm_is_noted(make, srpo, tmp_path):
+    study, other = make(), result_in(tmp_path / "other", ("refl", "tuned"))
+    answer_all(study, strict_and_mild)
+    before = sorted(other.iterdir())
+    refused = srpo("eval", "rate", "analyze", study, "--with", other)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert refused.stderr.count("\n") == 1
+    assert "is of refl, tuned, and the study of base, ours" in refused.stderr
+    assert sorted(other.iterdir()) == before
+    half = result_in(tmp_path / "half", ("base", "tuned"))
+    done = srpo("eval", "rate", "analyze", study, "--with", half)
+    assert done.exit_code == 0
+    assert f"note: ours: no model of {half}, so that only people have judged it" in done.stderr.splitlines()
+    assert 'id="study"' in (half / "report.html").read_text()
+
+
+def test_what_was_joined_stays_in_the_report_when_the_result_is_shown_again(make, srpo, tmp_path):
+    study, folder = make(), result_in(tmp_path / "result")
+    answer_all(study, strict_and_mild)
+    srpo("eval", "rate", "analyze", study, "--with", folder)
+    assert srpo("eval", "show", folder, "--output", folder).exit_code == 0
+    assert (folder / "report.html").read_text().count('id="study"') == 1
 
 
 def test_an_output_beside_a_result_is_refused(make, srpo, tmp_path):

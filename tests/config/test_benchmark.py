@@ -7,6 +7,7 @@ import pytest
 from srpo_cli.config.benchmark import (
     BENCHMARKS_FOLDER,
     Benchmark,
+    PromptsSource,
     benchmark_names,
     describe,
     for_miniature,
@@ -93,9 +94,13 @@ def test_the_seeds_are_those_of_the_papers_scripts():
 def test_the_published_rows_are_those_of_table_1():
     rows = {row.model: row.figures for row in load_benchmark("hpdv2").published.rows}
     assert list(rows) == ["FLUX.1-dev", "ReFL*", "DRaFT-LV*", "DanceGRPO", "Direct-Align", "SRPO"]
-    assert list(rows["SRPO"].values()) == [6.194, 23.040, 1.118, 0.289, 0.505, 0.665, 4.275]
+    assert list(rows["SRPO"].values()) == [6.194, 23.040, 1.118, 0.289, 0.505, 4.275]
     assert rows["FLUX.1-dev"]["hpsv2.1"] == 0.289
     assert all("sgp:hpsv2.1" not in figures for figures in rows.values())  # the raw gap is not what is printed there
+    geneval = {row.model: row.figures for row in load_benchmark("geneval").published.rows}
+    assert list(geneval) == list(rows)
+    assert [figures["geneval"] for figures in geneval.values()] == [0.678, 0.656, 0.636, 0.585, 0.668, 0.665]
+    assert "detector" in load_benchmark("geneval").published.note
 
 
 def test_the_study_prompts_differ_from_hpdv2_in_nothing_that_is_drawn():
@@ -104,6 +109,16 @@ def test_the_study_prompts_differ_from_hpdv2_in_nothing_that_is_drawn():
     assert changed == {"name", "description", "prompts", "batches"}
     assert {key for key in whole["prompts"] if whole["prompts"][key] != study["prompts"][key]} == {"first_of_group"}
     assert load_benchmark("hpdv2-500").published is None
+
+
+@pytest.mark.parametrize("name", ["dpg", "drawbench", "parti"])
+def test_benchmarks_of_the_same_kind_are_drawn_and_measured_as_hpdv2_is(name):
+    other, hpdv2 = load_benchmark(name), load_benchmark("hpdv2")
+    assert set(hpdv2.metrics) <= set(other.metrics)
+    for key in ("seed", "seed_step", "steps", "guidance", "size", "control_words", "overall"):
+        assert getattr(other, key) == getattr(hpdv2, key)
+    assert (other.batches, other.published, other.prompts.groups, other.prompts.sha256) == (None, None, {}, {})
+    assert other.picture_path == {"dpg": "{name}-{image}"}.get(name)
 
 
 def test_the_miniature_is_measured_in_words_that_its_world_knows():
@@ -182,6 +197,21 @@ def test_a_file_extends_another_file_by_its_place_and_the_prompts_stay_where_the
     assert own.folder == tmp_path
 
 
+@pytest.mark.parametrize("base", ["hpdv2", "hpdv2-500", "dpg", "parti", "miniature"])
+@pytest.mark.parametrize("own", ["files: [q.txt]", "layout: table, files: [q.txt], count: 2"])
+def test_of_a_file_that_names_its_own_prompts_nothing_is_said_that_is_true_of_the_others(base, own, write, tmp_path):
+    benchmark = load_benchmark(write(f"extends: {base}\nprompts: {{{own}}}\n", "own.yaml"))
+    count = 2 if "count" in own else None
+    assert benchmark.prompts == PromptsSource(files=("q.txt",), count=count) and benchmark.folder == tmp_path
+    assert benchmark.picture_path is None and benchmark.metrics == load_benchmark(base).metrics
+
+
+def test_another_repository_is_taken_key_by_key(write):
+    text = "extends: hpdv2\nprompts: {repo: us/HPD, hub: github, files: [a/anime.json], groups: {anime: 3}}\n"
+    benchmark = load_benchmark(write(text))
+    assert (benchmark.prompts.repo, benchmark.prompts.layout) == ("us/HPD", "lists")
+
+
 def test_a_circle_of_files_is_refused(write):
     write("extends: a.yaml\n", "b.yaml")
     assert "leads back to itself" in refusal(write("extends: b.yaml\n", "a.yaml"))
@@ -233,6 +263,7 @@ def test_what_is_no_benchmark_is_refused_by_name(name, parts):
         ("picture_path: '{name}'", ["only prompts.layout folder has a {name}"]),
         ("control_words: {template: '{word}'}", ["control_words", "{prompt} once"]),
         ("published: {source: x, rows: [{model: m, figures: {hps: 1}}]}", ["figures of no metric: hps"]),
+        ("published: {source: x, rows: [{model: m, figures: {geneval: 1}}]}", ["figures of no metric: geneval"]),
         ("extends: hpdv9", ["'hpdv9'", "Did you mean 'hpdv2'?"]),
         ("extends: [a]", ["extends", "[a]"]),
         ("extends: other.yaml", ["other.yaml' does not exist"]),

@@ -1,11 +1,22 @@
-"""Bootstrap intervals against what is known of the mean of normal draws."""
+"""Bootstrap intervals and p values against what is known of the mean of normal draws, and by hand."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import ttest_1samp
 
 from srpo_cli.metrics import intervals
-from srpo_cli.metrics.intervals import bootstrap, mean_interval, p_values, percentiles, resamples
+from srpo_cli.metrics.intervals import (
+    bootstrap,
+    difference_interval,
+    holm,
+    interval,
+    mean_interval,
+    p_value,
+    rate_interval,
+    resample,
+    wilson,
+)
 
 
 def test_the_interval_of_a_constant_is_a_point():
@@ -14,11 +25,11 @@ def test_the_interval_of_a_constant_is_a_point():
 
 def test_the_interval_is_as_wide_as_the_normal_one():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    interval = mean_interval(values)
+    found = mean_interval(values)
     error = 1.96 * values.std().item() / 20
-    assert interval.mean == pytest.approx(values.mean().item(), abs=1e-6)
-    assert interval.low == pytest.approx(interval.mean - error, abs=0.2 * error)
-    assert interval.high == pytest.approx(interval.mean + error, abs=0.2 * error)
+    assert found.mean == pytest.approx(values.mean().item(), abs=1e-6)
+    assert found.low == pytest.approx(found.mean - error, abs=0.2 * error)
+    assert found.high == pytest.approx(found.mean + error, abs=0.2 * error)
 
 
 def test_it_covers_the_truth_as_often_as_it_says():
@@ -50,53 +61,87 @@ def test_chunks_leave_every_bit_of_an_interval_as_it_was(monkeypatch, chunk):
     assert mean_interval(values, draws=101, seed=5) == all_at_once(values, 101, 5)
 
 
-def test_more_prompts_than_a_chunk_holds_are_resampled_too(monkeypatch):
+def resampled_means(values, draws=1000, seed=0):
+    return resample(values[:, None], draws, seed)[:, 0] / max(1, len(values) - 1)
+
+
+def test_a_resample_holds_whole_prompts_and_one_fewer_than_there_are():
+    drawn = resample(np.eye(4), draws=50, seed=1)
+    assert (drawn.sum(1) == 3).all()
+    assert len(np.unique(drawn, axis=0)) > 1
+    assert (resample(np.eye(4), 50, 1) == drawn).all()
+    assert (resample(np.eye(4), 50, 2) != drawn).any()
+    assert (resample(np.ones((1, 2)), 3, 0) == 1).all()
+
+
+def test_chunks_leave_a_resample_as_it_is(monkeypatch):
+    together = resample(np.eye(25), 7, 0)
     monkeypatch.setattr(intervals, "_CHUNK", 10)
-    parts = list(resamples(25, 4, torch.Generator().manual_seed(0)))
-    assert [part.shape for part in parts] == [(1, 25)] * 4
-    together = torch.randint(25, (4, 25), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(torch.cat(parts), together)
+    assert (resample(np.eye(25), 7, 0) == together).all()
 
 
-def test_percentiles_keep_their_columns_apart():
-    values = torch.arange(1001.0)[:, None] * torch.tensor([1.0, -2.0])
-    torch.testing.assert_close(percentiles(values), torch.tensor([[25.0, -1950.0], [975.0, -50.0]]).double())
+@pytest.mark.parametrize("prompts", [2, 5, 40])
+def test_means_vary_over_resamples_as_they_do_over_samples(prompts):
+    values = np.random.default_rng(prompts).normal(size=prompts)
+    error = values.std(ddof=1) / np.sqrt(prompts)
+    assert resampled_means(values, 20_000).std() == pytest.approx(error, rel=0.03)
 
 
-def test_a_p_value_is_twice_the_share_beyond_zero_with_one_added():
-    resampled = torch.cat([torch.full((95,), 1.0), torch.full((4,), -1.0)])  # 2 (4 + 1) / (99 + 1)
-    assert p_values(torch.tensor(0.9), resampled, 50).item() == pytest.approx(0.1)
-    assert p_values(torch.tensor(-0.9), -resampled, 50).item() == pytest.approx(0.1)
+def test_an_interval_of_few_prompts_is_wider_by_student_s_t_and_stays_on_its_scale():
+    drawn = np.linspace(-1, 1, 2001)
+    assert interval(0.0, drawn, 10_000)[1:] == pytest.approx((-0.95, 0.95), abs=1e-3)
+    assert interval(0.0, drawn, 6)[2] == pytest.approx(0.95 * 2.5706 / 1.9600, abs=1e-3)  # 5 degrees of freedom
+    assert interval(0.0, drawn, 60, freedom=5) == interval(0.0, drawn, 6)
+    assert interval(0.0, drawn, 6, least=-1, most=0.5)[1:] == (-1, 0.5)
+    assert interval(3.0, np.array([3.0, np.nan, 3.0]), 4) == (3, 3, 3)
+
+
+def test_wilson_s_interval_of_8_in_10():
+    # (0.8 + z²/20 ± z sqrt(0.016 + z²/400)) / (1 + z²/10), z = 1.959964
+    assert wilson(8, 10) == pytest.approx((0.8, 0.490162, 0.943318), abs=1e-6)
+
+
+def test_a_rate_of_none_or_all_has_the_interval_of_so_many_prompts():
+    assert rate_interval(1.0, np.ones(9), 12) == wilson(12, 12)
+    assert 0.7 < wilson(12, 12).low < 0.8
+    assert rate_interval(0.5, np.linspace(0, 1, 101), 2)[1:] == (0, 1)
+
+
+def test_a_difference_that_never_changes_has_newcombe_s_interval():
+    found = difference_interval(wilson(0, 10), wilson(10, 10), np.ones(5), 10)  # 1 - sqrt((1 - 0.7225)² + 0.2775²)
+    assert found == pytest.approx((1, 1 - 0.277533 * np.sqrt(2), 1), abs=1e-5)
 
 
 def test_no_difference_at_all_has_a_p_value_of_one():
-    assert p_values(torch.tensor(0.0), torch.zeros(99), 50).item() == 1
+    assert p_value(0.0, np.zeros(99), 50) == p_value(0.0, np.linspace(-1, 1, 99), 50) == 1
 
 
-def resampled_means(values, draws=1000):
-    return torch.cat(
-        [values[index].mean(1) for index in resamples(len(values), draws, torch.Generator().manual_seed(0))]
-    )
-
-
-def test_beyond_what_the_draws_can_count_it_is_that_of_a_t_test():
-    values = 0.5 + torch.randn(100, generator=torch.Generator().manual_seed(3))
-    p = p_values(values.mean(), resampled_means(values), 100).item()
-    expected = ttest_1samp(values.numpy(), 0).pvalue
-    assert expected < 1e-4 < 2 / 1001
-    assert p == pytest.approx(expected, rel=0.8)  # the resamples' own spread is known to 2 %, and t is about 5
+@pytest.mark.parametrize(("prompts", "shift"), [(5, 0.5), (12, 0.3), (100, 0.5)])
+def test_a_p_value_is_that_of_a_t_test(prompts, shift):
+    values = shift + np.random.default_rng(prompts).normal(size=prompts)
+    p = p_value(values.mean(), resampled_means(values, 20_000), prompts)
+    assert p == pytest.approx(max(ttest_1samp(values, 0).pvalue, 2.0 ** (1 - prompts)), rel=0.1)
 
 
 def test_a_few_prompts_that_agree_show_no_more_than_their_signs():
     for prompts, least in ((1, 1.0), (2, 0.5), (6, 2**-5)):
-        values = torch.ones(prompts)
-        assert p_values(values.mean(), resampled_means(values), prompts).item() == least
+        assert p_value(1.0, np.ones(99), prompts) == least
 
 
-def test_where_nothing_differs_p_values_are_as_often_small_as_they_say():
-    generator = torch.Generator().manual_seed(4)
-    small = 0
-    for _ in range(300):
-        values = torch.randn(80, generator=generator)
-        small += p_values(values.mean(), resampled_means(values, 400), 80).item() < 0.05
-    assert 6 <= small <= 27  # 15 expected, four standard deviations to the right and less than three to the left
+@pytest.mark.parametrize("prompts", [6, 10, 20, 80])
+def test_where_nothing_differs_p_values_and_intervals_say_so_as_often_as_they_claim(prompts):
+    random, small, held = np.random.default_rng(prompts), 0, 0
+    for seed in range(400):
+        values = random.normal(size=prompts)
+        drawn = resampled_means(values, 400, seed)
+        small += p_value(values.mean(), drawn, prompts) < 0.05
+        _, low, high = interval(values.mean(), drawn, prompts)
+        held += low <= 0 <= high
+    assert 7 <= small <= 33  # of 20 expected, standard error 4.4
+    assert 366 <= held <= 394
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []

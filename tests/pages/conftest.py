@@ -151,6 +151,7 @@ def make_result(table: pd.DataFrame, benchmark: str = "hpdv2", model: str = "flu
                     "low": found["low"],
                     "high": found["high"],
                     "p_holm": 0.002 if crossed else 0.7,
+                    "spread": base.std(),
                     "crossed": bool(crossed),
                     "text": f"{name} {base.mean():.3g} -> {value.mean():.3g}",
                 }
@@ -168,9 +169,8 @@ def make_result(table: pd.DataFrame, benchmark: str = "hpdv2", model: str = "flu
             "size": [1024, 1024],
         },
         "prompts_sha256": "ab" * 32,
-        "items": int(table["item"].nunique()),
-        "limit": None,
-        "group": None,
+        "prompt_count": int(table["item"].nunique()),
+        "items": "cd" * 8,
         "steps": 50,
         "size": [1024, 1024],
         "judges": {"hpsv2.1": {"weights": "xswu/HPSv2", "preprocess": "crop", "unit": "cosine"}},
@@ -194,10 +194,15 @@ def make_result(table: pd.DataFrame, benchmark: str = "hpdv2", model: str = "flu
             }
             for number, label in enumerate(labels)
         ],
+        "counts": {"prompts": table["item"].nunique(), "texts": table["item"].nunique()},
+        "notes": [],
         "measures": [dict(measure) for measure in MEASURES],
         "groups": groups,
         "figures": figures,
-        "batches": {label: {group: {"hpsv2.1": {"mean": 0.28, "std": 0.004}} for group in groups} for label in labels},
+        "batches": {
+            label: {group: {"hpsv2.1": {"mean": 0.28, "std": 0.004, "prompts": 80}} for group in groups}
+            for label in labels
+        },
         "comparisons": comparisons,
         "hacking": hacking,
         "skipped": [{"metric": "pickscore", "reason": "not here: hf download yuvalkirstain/PickScore_v1"}],
@@ -212,6 +217,8 @@ def make_result(table: pd.DataFrame, benchmark: str = "hpdv2", model: str = "flu
             "command": ["/usr/bin/srpo", "eval", "base=flux.1-dev", "tuned=runs/1", "--benchmark", "hpdv2"],
         },
         "cost": {label: {"seconds": 12.5, "pictures_drawn": per_model} for label in labels},
+        "selection": {"limit": None, "group": None},
+        "prompts": {"origin": "zhwang/HPDv2@newest", "files": {}, "unverified": ["benchmark/anime.json"]},
     }
 
 

@@ -124,6 +124,17 @@ def test_the_slider_is_reached_and_moved_by_the_keyboard(browser, report):
     assert "0%" in over.value_of_css_property("clip-path")
 
 
+def test_a_model_is_never_on_both_sides_of_the_slider(browser, report):
+    from selenium.webdriver.support.ui import Select
+
+    folder, _, _ = report
+    driver = opened(browser(), folder / "report.html")
+    before, after = (Select(driver.find_element("id", f"show-{side}")) for side in ("before", "after"))
+    for changed in (before, after, after, before):
+        changed.select_by_visible_text("tuned" if changed.first_selected_option.text == "base" else "base")
+        assert {before.first_selected_option.text, after.first_selected_option.text} == {"base", "tuned"}
+
+
 def test_small_pictures_are_enlarged_by_a_whole_factor(browser, report):
     folder, _, _ = report
     for width in (1280, 360):
@@ -173,7 +184,8 @@ def test_nobodys_text_runs(browser, tmp_path, pictures, table, result, study):
     made["description"] = made["protocol_digest"] = made["published"]["source"] = made["published"]["note"] = HOSTILE
     made["measures"][0]["title"] = made["measures"][0]["note"] = HOSTILE
     made["skipped"] = [{"metric": HOSTILE, "reason": HOSTILE}]
-    made["environment"] = {HOSTILE: HOSTILE, "command": ["srpo", HOSTILE]}
+    made["environment"] = {HOSTILE: HOSTILE, "command": ["srpo", "eval", HOSTILE]}
+    made["notes"] = [HOSTILE]
     made["protocol"]["judges"] = {HOSTILE: {HOSTILE: HOSTILE}}
     made["published"]["rows"][0]["model"] = made["hacking"][0]["text"] = HOSTILE
     analysis = study(arms=(HOSTILE, HEBREW)) | {"study": HOSTILE, "notes": [HOSTILE]}
@@ -228,7 +240,10 @@ def test_thumbnails_beside_the_page_are_shown_from_a_file_and_from_a_server(
         server.shutdown()
 
 
-def test_3200_prompts_of_six_models_open_quickly_and_can_be_searched(browser, tmp_path, pictures, table, result):
+def test_3200_prompts_of_six_models_open_quickly_and_can_be_searched(
+    browser, tmp_path, pictures, table, result, monkeypatch
+):
+    monkeypatch.setattr(gallery_module, "EMBEDDED", 0)
     labels = ["FLUX.1-dev", "ReFL", "DRaFT-LV", "DanceGRPO", "Direct-Align", "SRPO"]
     rows = table(labels, pictures(tmp_path, labels, 20, edge=16), 800)
     page = write_report(tmp_path, result(rows), rows)
@@ -237,6 +252,15 @@ def test_3200_prompts_of_six_models_open_quickly_and_can_be_searched(browser, tm
     opened(driver, page)
     assert len(shown_items(driver)) == 12
     assert time.monotonic() - start < 5
+    asked = {url for url in requests(driver, page.as_uri()) if url != page.as_uri()}
+    assert all("/thumbnails/" in url for url in asked)
+    assert len(asked) <= 12 * len(labels) < len(list(tmp_path.glob("thumbnails/*/*")))
+    first = driver.find_element("css selector", ".prompt img")
+    assert first.get_attribute("loading") == "lazy"
+    driver.execute_script("arguments[0].scrollIntoView()", first)
+    while not first.get_property("naturalWidth") and time.monotonic() - start < 10:
+        time.sleep(0.05)
+    assert first.get_property("naturalWidth") == 16
     choose(driver, "size", "24")
     assert len(driver.find_elements("css selector", "img")) == 24 * 8 < 400
     driver.find_element("id", "show-search").send_keys("prompt 3199 ")

@@ -141,7 +141,16 @@ def test_columns_are_what_one_picture_has_a_figure_of(made):
         {"name": "fid", "title": "FID", "columns": [], "reduce": "first", **more},
     ]
     names = [column["name"] for column in picture_columns(result, table.assign(shape=1.0, light=0.0))]
-    assert names == ["hpsv2.1", "sgp:hpsv2.1", "sgp_win_rate:hpsv2.1", "saturation", "contrast", "caption"]
+    assert names == ["hpsv2.1", "sgp:hpsv2.1", "sgp_win_rate:hpsv2.1", "saturation", "contrast", "caption", "distance"]
+
+
+def test_a_distance_is_the_pictures_own_and_is_called_so(made):
+    folder, result, table = made()
+    measure = {"name": "d", "title": "distance", "columns": ["shape", "light"], "reduce": "mean_absolute"}
+    result["measures"] = [{**measure, "better": "lower", "digits": 3, "note": ""}]
+    data = gallery(folder, result, table.assign(shape=-1.0, light=0.5))
+    assert data["values"] == [[[0.75] * 8] * 2]
+    assert [column["title"] for column in data["columns"]] == ["distance of the picture"]
 
 
 def test_a_figure_of_several_columns_is_their_mean(made):

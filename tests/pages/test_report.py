@@ -1,11 +1,13 @@
+import errno
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 
+from srpo_cli.errors import SrpoError
 from srpo_cli.pages.report import verdict, write_report
-from srpo_cli.pages.results import command, flattened, heading, of_the_miniature
+from srpo_cli.pages.results import commands, flattened, heading, of_the_miniature, published_rows
 from srpo_cli.pages.study import study_context
 
 LABELS = ("base", "tuned")
@@ -125,7 +127,30 @@ def test_published_rows_are_marked_and_have_no_interval(tmp_path, made, result):
     body = re.search(r'<tbody class="published">.*?</tbody>', text, re.DOTALL)[0]
     assert "Published, not measured here: Table 1 of arXiv 2509.06942. The scale of SGP-HPS is not known." in body
     assert "FLUX.1-dev" in body and "0.2890" in body
-    assert "[" not in body
+    assert "[" not in body and "whole set" not in body
+
+
+@pytest.mark.parametrize("part", [{"limit": 100}, {"group": "photo"}])
+def test_published_rows_say_that_they_are_of_the_whole_set_where_a_part_was_measured(tmp_path, made, result, part):
+    made_result = result(made)
+    made_result["selection"] |= part
+    text = write_report(tmp_path, made_result, made).read_text(encoding="utf-8")
+    body = re.search(r'<tbody class="published">.*?</tbody>', text, re.DOTALL)[0]
+    assert "They are of the whole set, of which a part was measured here." in body
+
+
+def test_published_figures_are_found_by_name_or_title_and_a_row_without_any_is_left_out(tmp_path, made, result):
+    made_result = result(made)
+    made_result["measures"][0] |= {"name": "deqa.py", "title": "DeQA"}
+    made_result["published"]["rows"] = [
+        {"model": "both", "figures": {"deqa": 4.292, "sgp_x100:hpsv2.1": 0.463}},
+        {"model": "neither", "figures": {"imagereward": 1.1}},
+    ]
+    expected = [("both", {"deqa.py": 4.292, "sgp_x100:hpsv2.1": 0.463})]
+    assert published_rows(made_result, made_result["measures"]) == expected
+    text = write_report(tmp_path, made_result, made).read_text(encoding="utf-8")
+    body = re.search(r'<tbody class="published">.*?</tbody>', text, re.DOTALL)[0]
+    assert "4.292" in body and "neither" not in body
 
 
 def test_what_was_skipped_says_how_to_get_it_and_all_of_the_protocol_is_there(tmp_path, made, result):
@@ -216,15 +241,59 @@ def test_pairs_have_outcomes_and_strengths(tmp_path, study):
     assert any(label.startswith("Bradley-Terry strengths. base: 0.00") for label in labels)
 
 
-def test_the_command_is_the_recorded_one_or_rebuilt_where_it_is_not_of_all_models(made, result):
+def test_the_command_is_the_recorded_one_whatever_models_are_called(tmp_path, made, result):
     made_result = result(made)
-    made_result["protocol"] |= {"limit": 100, "group": "two words"}
-    assert command(made_result) == "srpo eval base=flux.1-dev tuned=runs/1 --benchmark hpdv2"
-    rebuilt = "srpo eval base=flux.1-dev tuned=runs/1 --benchmark hpdv2 --limit 100 --group 'two words'"
-    made_result["environment"]["command"] = ["/usr/bin/srpo", "eval", "other=flux.1-dev"]
-    assert command(made_result) == rebuilt
-    made_result["environment"] = {}
-    assert command(made_result) == rebuilt
+    for model, path in zip(made_result["models"], ("given/base", "given/runs/1"), strict=True):
+        model["weights"] = str(tmp_path / path)
+    typed = ["/usr/bin/srpo", "eval", "flux", "runs/1", "-b", "hpdv2", "--metric", "hpsv2.1", "-n", "2"]
+    made_result["environment"]["command"] = typed
+    assert commands(made_result) == ["srpo eval flux runs/1 -b hpdv2 --metric hpsv2.1 -n 2"]
+    text = write_report(tmp_path, made_result, made).read_text(encoding="utf-8")
+    assert "srpo eval flux runs/1 -b hpdv2 --metric hpsv2.1 -n 2</code>" in text
+    assert ">given/runs/1<" in text and str(tmp_path) not in text  # as it is found from the report
+
+
+def test_of_what_was_put_together_every_command_is_there_and_where_none_was_typed_none_is(tmp_path, made, result):
+    made_result = result(made)
+    made_result["commands"] = [["/bin/srpo", "eval", "a b"], [], ["main.py", "eval", "run", "c"]]
+    assert commands(made_result) == ["srpo eval 'a b'", "srpo eval run c"]
+    del made_result["commands"]
+    for command in (["train.py", "--fast"], []):
+        made_result["environment"] = {"command": command}
+        assert commands(made_result) == []
+    assert "To reproduce it" not in page_of(tmp_path, made_result, made).text
+
+
+def test_prompts_are_counted_and_different_texts_where_there_are_fewer(tmp_path, made, result):
+    made_result = result(made)
+    assert "8 prompts, 16 pictures of 2 models" in page_of(tmp_path, made_result, made).text
+    made_result["counts"]["texts"] = 5
+    assert "8 prompts, 5 different texts, 16 pictures" in page_of(tmp_path, made_result, made).text
+
+
+def test_batches_say_how_large_they_are(tmp_path, made, result):
+    text = write_report(tmp_path, result(made), made).read_text(encoding="utf-8")
+    assert '<td class="text">photo</td><td>80</td><td>0.2800 ± 0.00400</td>' in text
+
+
+def test_prompts_that_nothing_vouches_for_are_told_with_their_digest(tmp_path, made, result):
+    made_result = result(made)
+    assert f"Prompts: not verified, digest {'ab' * 32} ." in page_of(tmp_path, made_result, made).text
+    made_result["prompts"]["unverified"] = []
+    assert "unverified" not in page_of(tmp_path, made_result, made).ids
+
+
+def test_pictures_that_were_drawn_nobody_knows_how_are_told(tmp_path, made, result):
+    made_result = result(made)
+    assert "unknown" not in page_of(tmp_path, made_result, made).ids
+    made_result["models"][1] |= {"sampling": "unknown", "weights": None}
+    page = page_of(tmp_path, made_result, made)
+    assert "How the pictures of tuned were drawn is not known" in page.text
+
+
+def test_what_a_reader_has_to_know_of_the_figures_stands_in_the_answer(tmp_path, made, result):
+    page = page_of(tmp_path, result(made) | {"notes": ["only 3 prompts: <i>"]}, made)
+    assert page.text.index("Only 3 prompts: <i>.") < page.text.index("The table")
 
 
 def test_different_protocols_are_warned_of(tmp_path, made, result):
@@ -234,6 +303,20 @@ def test_different_protocols_are_warned_of(tmp_path, made, result):
     page = page_of(tmp_path, made_result, made)
     assert "mixed" in page.ids
     assert "steps is 12 and 50" in page.text
+
+
+def test_a_signal_is_told_by_its_title_and_by_how_large_it_is(tmp_path, made, result):
+    made_result = result(made)
+    signal = next(each for each in made_result["hacking"] if each["model"] == "tuned")
+    signal |= {"difference": -0.5, "spread": 0.25, "crossed": True, "text": "band_5 -6.1 -> -6.6"}
+    text = write_report(tmp_path, made_result, made).read_text(encoding="utf-8")
+    row = re.search(rf'<tr data-signal="{signal["signal"]}">.*?</tr>', text, re.DOTALL)[0]
+    assert "2.0 standard deviations of the baseline" in row and "band_5" not in row and "-6.1" not in row
+
+
+def test_an_interval_is_said_to_be_less_than_a_corrected_p(tmp_path, made, result):
+    text = page_of(tmp_path, result(made), made).text
+    assert "chance does not explain" not in text and "it may keep clear of the dashed zero where p does not" in text
 
 
 def test_what_eval_writes_is_what_the_report_reads(tmp_path, made):
@@ -271,3 +354,16 @@ def test_a_report_is_replaced_whole(tmp_path, made, result):
     again = write_report(tmp_path, json.loads(json.dumps(result(made))), made).read_text(encoding="utf-8")
     assert first == again
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_report_that_cannot_be_written_is_one_line_and_the_old_one_stays(tmp_path, made, result, monkeypatch):
+    before = write_report(tmp_path, result(made), made).read_bytes()
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SrpoError, match="is full"):
+        write_report(tmp_path, result(made), made)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))

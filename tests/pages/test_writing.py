@@ -34,8 +34,9 @@ def test_an_interval_without_ends_says_so():
     ("p", "text"),
     [(0.0004, "p < 0.001"), (0.001, "p = 0.001"), (0.0234, "p = 0.02"), (1.0, "p = 1.00"), (None, "p –")],
 )
-def test_p_values_are_written_as_papers_do(p, text):
+def test_p_values_are_written_as_papers_do_and_in_a_column_without_their_name(p, text):
     assert p_value(p) == text
+    assert p_value(p, named=False) == text.removeprefix("p ").removeprefix("= ")
 
 
 def test_shares_are_percentages():

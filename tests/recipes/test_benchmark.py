@@ -12,12 +12,14 @@ from diffusers import FluxTransformer2DModel
 from pandas.testing import assert_frame_equal
 from PIL import Image
 
-from srpo_cli.config.benchmark import Benchmark, load_benchmark
+from srpo_cli.config.benchmark import Benchmark, benchmark_names, load_benchmark
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.metrics.pictures import STATISTICS, picture_statistics
 from srpo_cli.miniature import WEIGHTS
 from srpo_cli.miniature.world import draw_prompts
+from srpo_cli.recipes import benchmark as recipe
 from srpo_cli.recipes.benchmark import Request, evaluate, show
+from srpo_cli.recipes.judges import plan_judges
 from srpo_cli.recipes.parts import load_reward
 from srpo_cli.recipes.score import to_images
 from srpo_cli.runtime.benchmarks import load_items, picture_path
@@ -64,6 +66,14 @@ def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
 def lasting(result: dict) -> dict:
     """A result without what no two calls share."""
     return {key: value for key, value in result.items() if key not in ("cost", "environment")}
+
+
+def analysis_of(*arms: str) -> dict:
+    """The least that is an analysis of a human study."""
+    counts = {"study": "taste", "mode": "pairs", "raters": 2, "experts": 0, "prompts": 1, "pictures": 2, "answers": 2}
+    nothing = {"dimensions": [], "grade_names": [], "grades": {}, "differences": [], "raters_table": [], "notes": []}
+    pairs = {"strengths": {}, "win_rates": []}
+    return {"arms": arms, "complete": 1, **counts, **nothing, "agreement": {}, "overall_rule": {}, "pairs": pairs}
 
 
 def cut_off(path: Path) -> None:
@@ -187,8 +197,10 @@ def test_equal_models_draw_equal_pictures_and_differ_by_exactly_nothing(evaluate
     again = [each for each in result["comparisons"] if each["model"] == "again"]
     assert len(again) == len(result["measures"])
     for each in again:
-        found = [each[key] for key in ("baseline", "difference", "low", "high", "p_holm", "wins")]
-        assert found == ["base", 0, 0, 0, 1, 0.5]
+        found = [each[key] for key in ("baseline", "difference", "p_holm", "wins")]
+        assert found == ["base", 0, 1, 0.5]
+        at_an_end = result["figures"]["base"]["all"][each["measure"]]["mean"] in (0, 1)  # of a share, so few may hide
+        assert each["high"] == -each["low"] and (each["low"] < 0 if at_an_end else each["low"] == 0)
     assert any(each["difference"] != 0 for each in result["comparisons"] if each["model"] == "tuned")
     assert result["models"][0]["fingerprint"] == result["models"][1]["fingerprint"]
     assert result["models"][0]["fingerprint"] != result["models"][2]["fingerprint"]
@@ -213,7 +225,8 @@ def test_figures_are_what_the_pictures_say_when_they_are_asked_alone(evaluated, 
 
 def test_the_protocol_and_the_cost_are_told(result):
     protocol = result["protocol"]
-    assert (protocol["items"], protocol["limit"], protocol["group"]) == (LIMIT, LIMIT, None)
+    assert protocol["prompt_count"] == LIMIT and not {"limit", "group"} & protocol.keys()
+    assert result["selection"] == {"limit": LIMIT, "group": None}
     assert (protocol["steps"], protocol["size"]) == (12, [48, 48])
     assert protocol["benchmark"]["seed_step"] == 1000
     assert list(protocol["judges"]) == ["oracle", "miniature", "statistics"]
@@ -247,6 +260,14 @@ def test_a_distance_to_the_models_own_pictures_is_nothing(evaluated, tmp_path):
     before = files_of(tmp_path / "result")
     assert lasting(run(tmp_path / "result", given)) == lasting(result)
     assert files_of(tmp_path / "result") == before
+
+
+@pytest.mark.parametrize("name", [name for name in benchmark_names() if load_benchmark(name).published])
+def test_every_published_figure_can_stand_beside_a_measured_one(name):
+    benchmark = load_benchmark(name)
+    measured = {measure for plan in plan_judges(benchmark) for measure in plan.headings}
+    by_plugins = {"deqa"}
+    assert {figure for row in benchmark.published.rows for figure in row.figures} <= measured | by_plugins
 
 
 # --- styles -------------------------------------------------------------------------------------------------------
@@ -294,7 +315,7 @@ def test_a_choice_of_prompts_keeps_their_seeds_and_pictures(limit, group, items,
             torch.tensor(list(open_picture(place / row.file).tobytes())) for place in (tmp_path / "part", whole)
         )
         assert (one - other).abs().max() <= 1  # rounding, in another batch
-    assert (result["protocol"]["limit"], result["protocol"]["group"]) == (limit, group)
+    assert result["selection"] == {"limit": limit, "group": group}
     assert result["groups"] == ([] if group else list(STYLES))
 
 
@@ -306,7 +327,7 @@ def test_the_same_call_draws_nothing_and_judges_nothing(copied, request_of_three
     again = run(copied, request_of_three)
     assert files_of(copied) == before
     assert lasting(again) == lasting(result)
-    assert {cost["pictures_drawn"] for cost in again["cost"].values()} == {0}
+    assert {cost["pictures_drawn"] for cost in again["cost"].values()} == {LIMIT}  # of both calls together
 
 
 def test_what_a_kill_left_missing_comes_again_and_nothing_else_does(copied, request_of_three, evaluated, result):
@@ -357,6 +378,36 @@ def test_a_result_that_was_half_written_is_written_again(copied, request_of_thre
     assert len(table_of(copied)) == 3 * LIMIT
 
 
+@pytest.mark.parametrize("rest", [0, 500])
+def test_a_result_that_was_cut_off_is_told_and_written_anew(rest, copied, request_of_three, result):
+    before = files_of(copied)
+    content = (copied / "results.json").read_bytes()
+    (copied / "results.json").write_bytes(content[:rest])
+    said: list[str] = []
+    assert lasting(evaluate(request_of_three, copied, ALONE, None, said.append)) == lasting(result)
+    assert said[0] == f"{copied / 'results.json'} cannot be read: it is written anew"
+    assert json.loads((copied / "results.json").read_text())["figures"] == result["figures"]
+    assert files_of(copied) == before
+
+
+def test_what_was_spent_on_a_model_is_kept_and_added_to(copied, request_of_three, result):
+    there = json.loads((copied / "results.json").read_text())
+    there["cost"] = {label: {"seconds": 1000.0, "pictures_drawn": LIMIT} for label in there["cost"]}
+    there["models"][1]["fingerprint"] = "another"
+    (copied / "results.json").write_text(json.dumps(there))
+    next((copied / "pictures" / "base").glob("*-seed*.png")).unlink()
+    cost = run(copied, request_of_three)["cost"]
+    assert [cost[label]["pictures_drawn"] for label in ("base", "again", "tuned")] == [LIMIT + 1, 0, LIMIT]
+    assert cost["base"]["seconds"] >= 1000 and cost["again"]["seconds"] < 1000
+
+
+def test_what_is_drawn_and_what_is_there_is_said(copied, request_of_three, tmp_path):
+    for folder, told in ((tmp_path / "new", ""), (copied, f"; of the {LIMIT} there what matches is kept")):
+        said: list[str] = []
+        evaluate(replace(request_of_three, models={"base": BASE}), folder, ALONE, None, said.append)
+        assert said[0] == f"base: drawing {LIMIT} pictures of {LIMIT} prompts{told}"
+
+
 def test_another_metric_of_the_same_pictures_draws_nothing(copied, request_of_three):
     before = files_of(copied)
     result = run(copied, request_of_three, benchmark=only("statistics"))
@@ -368,8 +419,8 @@ def test_another_metric_of_the_same_pictures_draws_nothing(copied, request_of_th
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"limit": LIMIT - 1}, f"limit {LIMIT}, not {LIMIT - 1}"),
-        ({"limit": None}, f"limit {LIMIT}, not null"),
+        ({"limit": LIMIT - 1}, f"prompt_count {LIMIT}, not {LIMIT - 1}"),
+        ({"limit": None}, f"prompt_count {LIMIT}, not 256"),
         ({"benchmark": only("statistics", seed=7)}, "seed 0, not 7"),
         ({"benchmark": only("statistics", steps=3)}, "steps 12, not 3"),
         ({"benchmark": only("statistics", images_per_prompt=2)}, "images_per_prompt 1, not 2"),
@@ -395,6 +446,28 @@ def test_other_prompts_in_a_file_of_the_same_name_are_another_protocol(tmp_path)
     run(tmp_path / "result", Request(benchmarks[0], {"base": BASE}))
     with pytest.raises(UsageError, match="another prompts_sha256"):
         run(tmp_path / "result", Request(benchmarks[1], {"base": BASE}))
+
+
+def test_a_protocol_is_of_the_prompts_and_not_of_how_they_were_chosen(styles, tmp_path):
+    benchmark, prompts = styles
+    protocols = {}
+    for name, chosen in {
+        "all": {},
+        "as many": {"limit": len(STYLES) * EACH},
+        "photo": {"group": "photo"},
+        "photo, as many": {"group": "photo", "limit": EACH},
+        "anime": {"group": "anime"},
+    }.items():
+        request = Request(benchmark, {"base": BASE}, prompts=prompts, **chosen)
+        result = run(tmp_path / name, request, benchmark=benchmark.model_copy(update={"metrics": ("statistics",)}))
+        protocols[name] = result["protocol"]
+        assert (result["selection"]["limit"] is None) == (name != "photo, as many")
+    assert protocols["all"] == protocols["as many"]
+    assert protocols["photo"] == protocols["photo, as many"]
+    assert protocols["photo"]["prompt_count"] == protocols["anime"]["prompt_count"]
+    assert protocols["photo"]["items"] != protocols["anime"]["items"]
+    with pytest.raises(UsageError, match="with another items"):
+        show([tmp_path / "anime"], tmp_path / "photo", allow_different=False)
 
 
 def test_a_folder_with_something_else_called_a_result_is_left_alone(tmp_path):
@@ -451,12 +524,80 @@ def test_given_pictures_that_are_missing_are_told_before_anything_is_drawn(evalu
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_was_drawn_into_is_found_by_prompt_and_seed(evaluated, result, tmp_path):
+    drawn = Path(shutil.copytree(evaluated / "pictures" / "tuned", tmp_path / "drawn"))
+    request = Request(WORLD, {"theirs": drawn}, limit=LIMIT)
+    assert run(tmp_path / "out", request)["figures"]["theirs"] == result["figures"]["tuned"]
+    for file in (evaluated / "pictures" / "base").iterdir():
+        shutil.copyfile(file, drawn / file.name)
+    rows = [(evaluated / "pictures" / label / "samples.jsonl").read_text() for label in ("base", "tuned")]
+    (drawn / "samples.jsonl").write_text("".join(rows))
+    with pytest.raises(UsageError, match="with seed 0, by different models or settings: take those of one of them out"):
+        run(tmp_path / "both", request)
+    (drawn / "samples.jsonl").write_text(rows[1].partition("\n")[2])
+    with pytest.raises(UsageError, match=r"has no picture of '.*' with seed 0 in its samples\.jsonl.* seed_step"):
+        run(tmp_path / "less", request)
+    (drawn / "samples.jsonl").write_text("[]\n")
+    with pytest.raises(UsageError, match=r"samples\.jsonl does not list pictures"):
+        run(tmp_path / "none", request)
+    assert not any((tmp_path / name).exists() for name in ("both", "less", "none"))
+
+
+def test_a_picture_that_was_drawn_from_another_prompt_is_told(evaluated, tmp_path):
+    given = folder_of_pictures(tmp_path / "theirs", evaluated)
+    rows = table_of(evaluated).query("model == 'base'")
+    other = rows[rows["prompt"] != rows["prompt"].iloc[1]].iloc[-1]
+    shutil.copyfile(evaluated / other["file"], given / "00001.png")
+    with pytest.raises(UsageError, match=rf"00001\.png was drawn from {other['prompt']!r}, and should be of"):
+        run(tmp_path / "out", Request(only("statistics"), {"theirs": given}, limit=LIMIT))
+
+
 def test_two_pictures_of_one_prompt_are_told_before_anything_is_drawn(evaluated, tmp_path):
     given = folder_of_pictures(tmp_path / "theirs", evaluated)
     Image.open(given / "00002.png").save(given / "00002.jpg")
     with pytest.raises(UsageError, match=r"has 00002\.jpg and 00002\.png of one prompt"):
         run(tmp_path / "out", Request(WORLD, {"base": BASE, "theirs": given}, limit=LIMIT))
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_made_elsewhere_are_of_the_size_that_is_asked_for(evaluated, tmp_path):
+    given = folder_of_pictures(tmp_path / "theirs", evaluated)
+    request = Request(only("statistics", size=(64, 32)), {"base": BASE, "theirs": given}, limit=LIMIT)
+    with pytest.raises(UsageError, match=r"00000\.png has 48 by 48 pixels .* and miniature asks for 64 by 32"):
+        run(tmp_path / "out", request)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("other", ["theirs", "others"])
+def test_pictures_made_elsewhere_are_of_one_size(other, evaluated, tmp_path):
+    given = {label: folder_of_pictures(tmp_path / label, evaluated) for label in ("theirs", "others")}
+    Image.new("RGB", (48, 64)).save(given[other] / "00003.png")
+    with pytest.raises(UsageError, match=rf"{other}/00003\.png has 64 by 48 pixels .*theirs/00000\.png has 48 by 48"):
+        run(tmp_path / "out", Request(only("statistics", size=None), given, limit=LIMIT))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_a_size_of_its_own_is_not_compared_with_pictures_of_another(evaluated, tmp_path):
+    given = folder_of_pictures(tmp_path / "theirs", evaluated)
+    for file in given.glob("*.png"):
+        Image.new("RGB", (64, 64)).save(file)
+    with pytest.raises(UsageError, match=r"base has size \[48, 48\] of its own, and theirs \[64, 64\]"):
+        run(tmp_path / "out", Request(only("statistics", size=None), {"base": BASE, "theirs": given}, limit=LIMIT))
+
+
+def test_what_is_known_of_pictures_made_elsewhere_is_in_the_protocol_and_no_more(evaluated, tmp_path):
+    results = []
+    for edge in (48, 64):
+        given = folder_of_pictures(tmp_path / str(edge), evaluated)
+        for file in given.glob("*.png"):
+            Image.open(file).resize((edge, edge)).save(file)
+        request = Request(only("statistics", size=None), {"theirs": given}, limit=LIMIT)
+        results.append(run(tmp_path / f"of {edge}", request))
+    assert [result["protocol"]["size"] for result in results] == [[48, 48], [64, 64]]
+    assert results[0]["protocol_digest"] != results[1]["protocol_digest"]
+    for result in results:
+        (model,) = result["models"]
+        assert (model["sampling"], model["steps"], result["protocol"]["steps"]) == ("unknown", None, None)
 
 
 # --- what cannot be done ------------------------------------------------------------------------------------------
@@ -469,6 +610,7 @@ def test_a_metric_whose_weights_are_missing_is_left_out_by_name_and_is_no_zero(t
     result = evaluate(request, tmp_path / "out", ALONE, None, said.append)
     assert [each["metric"] for each in result["skipped"]] == ["pickscore", "sgp:pickscore"]
     assert all("hf download yuvalkirstain/PickScore_v1" in each["reason"] for each in result["skipped"])
+    assert not any(each["reason"].startswith(each["metric"]) for each in result["skipped"])
     assert [line for line in said if line.startswith("left out: ")] == [
         f"left out: {each['metric']}: {each['reason']}" for each in result["skipped"]
     ]
@@ -511,6 +653,19 @@ def test_models_whose_own_steps_differ_are_not_compared(tmp_path):
         run(tmp_path, Request(only("statistics", steps=None), models, limit=2))
 
 
+def test_pictures_that_another_machine_has_drawn_out_of_sight_are_one_line(tmp_path, monkeypatch):
+    drawn = recipe.drawing.sample
+
+    def on_a_disk_of_its_own(*arguments):
+        for row in drawn(*arguments):
+            yield row
+        Path(row["file"]).unlink()
+
+    monkeypatch.setattr(recipe.drawing, "sample", on_a_disk_of_its_own)
+    with pytest.raises(SrpoError, match=r"\.png was drawn and is not here: with --nodes all machines have to share"):
+        run(tmp_path / "out", benchmark=only("statistics"), limit=2)
+
+
 def test_a_model_that_is_not_here_leaves_no_folder(tmp_path):
     with pytest.raises(SrpoError):
         run(tmp_path / "out", models={"base": Source(str(tmp_path / "nothing"))})
@@ -534,13 +689,52 @@ def test_a_result_is_shown_as_it_is_and_two_are_compared_anew(copied, result, st
     assert all((tmp_path / "both" / file).is_file() for file in table["file"])
 
 
+def test_what_people_said_stays_in_the_report(copied, request_of_three, tmp_path):
+    run(tmp_path / "second", limit=LIMIT, models={"other": BASE})
+    analysis = analysis_of("base", "tuned")
+    (copied / "analysis.json").write_text(json.dumps(analysis))
+    for write in (
+        lambda: run(copied, request_of_three),
+        lambda: show([copied], copied, allow_different=False),
+    ):
+        (copied / "report.html").unlink(missing_ok=True)
+        write()
+        assert (copied / "report.html").read_text().count('id="study"') == 1
+    show([copied, tmp_path / "second"], tmp_path / "both", allow_different=False)
+    show([copied], tmp_path / "again", allow_different=False)
+    (copied / "analysis.json").write_text(json.dumps(analysis_of("somebody", "else")))
+    run(copied, request_of_three)
+    for folder in (tmp_path / "both", tmp_path / "again", copied):
+        assert 'id="study"' not in (folder / "report.html").read_text()
+
+
+def test_a_file_that_only_has_the_name_of_an_analysis_is_told(copied):
+    (copied / "analysis.json").write_text('{"accuracy": 1}')
+    with pytest.raises(UsageError, match=r"analysis\.json is no analysis of srpo eval rate"):
+        show([copied], copied, allow_different=False)
+
+
+def test_results_side_by_side_know_every_command(copied, tmp_path):
+    run(tmp_path / "second", limit=LIMIT, models={"other": BASE})
+    run(tmp_path / "third", limit=LIMIT, models={"third": BASE})
+    for name in ("copied", "second", "third"):
+        file = tmp_path / name / "results.json"
+        data = json.loads(file.read_text())
+        data["environment"]["command"] = ["/bin/srpo", "eval", name]
+        file.write_text(json.dumps(data))
+    assert "commands" not in show([copied], None, allow_different=False)
+    show([copied, tmp_path / "second"], tmp_path / "both", allow_different=False)
+    all_of_them = show([tmp_path / "both", tmp_path / "third"], None, allow_different=False)
+    assert all_of_them["commands"] == [["/bin/srpo", "eval", name] for name in ("copied", "second", "third")]
+
+
 def test_showing_writes_over_no_result_of_something_else(copied, tmp_path):
     run(tmp_path / "second", limit=LIMIT, models={"other": BASE})
     run(tmp_path / "short", limit=2)
     before = (copied / "results.json").read_bytes()
     with pytest.raises(UsageError, match="is one of the results, which would be lost"):
         show([tmp_path / "second", copied], copied, allow_different=False)
-    with pytest.raises(UsageError, match=f"holds a result of miniature with limit {LIMIT}, not 2"):
+    with pytest.raises(UsageError, match=f"holds a result of miniature with prompt_count {LIMIT}, not 2"):
         show([tmp_path / "short"], copied, allow_different=False)
     assert (copied / "results.json").read_bytes() == before
     show([copied], copied, allow_different=False)  # its own report anew

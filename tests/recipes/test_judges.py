@@ -103,6 +103,7 @@ def test_an_unknown_metric_is_told_with_the_nearest_and_all_names():
 
 
 def test_metrics_that_read_the_same_share_a_judge_and_keep_their_order(tmp_path):
+    Image.new("RGB", (48, 48)).save(tmp_path / "real.png")
     metrics = ("sgp:hpsv2.1", "statistics", "fid:miniature", "hpsv2.1", "fid", "kid:miniature", "hpsv2.1")
     plans = plan_judges(benchmark(*metrics), reference=tmp_path)
     assert [(plan.name, plan.metrics, plan.of_set) for plan in plans] == [
@@ -155,6 +156,7 @@ def test_a_metric_without_weights_is_left_out_by_name_with_the_command():
     assert [each.metric for each in skipped] == ["hpsv2.1", "sgp:hpsv2.1"]
     assert all("hf download xswu/HPSv2 HPS_v2.1_compressed.pt" in each.reason for each in skipped)
     assert isinstance(skipped[0], Skipped)
+    assert not skipped[0].reason.startswith("hpsv2.1")  # the name stands before it already
 
 
 def test_geneval_without_its_detector_is_left_out_with_the_command():
@@ -165,6 +167,7 @@ def test_geneval_without_its_detector_is_left_out_with_the_command():
 
 @pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is here")
 def test_fid_without_its_network_is_left_out_with_the_command(tmp_path):
+    Image.new("RGB", (48, 48)).save(tmp_path / "real.png")
     (plan,) = plan_judges(benchmark("fid"), reference=tmp_path)
     with pytest.raises(MissingError, match=r"pip install 'srpo-cli\[fid\]'"):
         plan.load(CPU)

@@ -3,6 +3,8 @@
 import json
 import re
 import string
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -16,14 +18,15 @@ from srpo_cli.recipes.results import (
     TABLE,
     Result,
     difference_rows,
+    interval_rows,
     latex,
     markdown,
+    mean_rows,
     measure_rows,
     merge,
     protocol_digest,
     read_result,
     shown,
-    shown_p,
     summarise,
     write_result,
     write_tables,
@@ -33,6 +36,7 @@ MEASURES = [
     Measure("hpsv2.1", "HPS", ("hpsv2.1",), digits=3),
     Measure("distance", "distance", ("deviation:a", "deviation:b"), mean_absolute, "lower", 2, "in spreads"),
     Measure("fid", "FID", (), better="lower", digits=1),
+    Measure("saturation", "saturation", ("saturation",), better=""),
 ]
 PUBLISHED = {
     "source": "arXiv 2509.06942, Table 1",
@@ -128,14 +132,14 @@ def test_a_result_holds_what_the_table_says():
     assert [signal["signal"] for signal in result.data["hacking"]] == ["saturation"]
     anime = result.table.query("model == 'tuned' and group == 'anime'")["hpsv2.1"].to_numpy().reshape(4, 3).mean(1)
     batch = result.data["batches"]["tuned"]["anime"]["hpsv2.1"]
-    assert batch == {"mean": pytest.approx(anime.mean()), "std": pytest.approx(anime.std())}
+    assert batch == {"mean": pytest.approx(anime.mean()), "std": pytest.approx(anime.std()), "prompts": 3}
     assert result.data["published"] == PUBLISHED
     assert result.data["skipped"] == [{"metric": "pickscore", "reason": "its weights are missing: hf download x"}]
 
 
 def test_a_measure_that_nobody_could_take_is_no_column_of_the_result():
     result = result_of("anywhere", "base", sets=False)
-    assert [measure["name"] for measure in result.data["measures"]] == ["hpsv2.1", "distance"]
+    assert [measure["name"] for measure in result.data["measures"]] == ["hpsv2.1", "distance", "saturation"]
 
 
 def test_a_measure_whose_reduction_has_no_name_is_refused_since_it_could_not_be_merged():
@@ -260,7 +264,7 @@ def test_different_protocols_are_refused_by_name_unless_that_is_allowed(tmp_path
 
 def test_the_first_of_many_differences_are_named(tmp_path):
     one, two = (result_of(tmp_path / name, name) for name in ("one", "two"))
-    two.data["protocol"] = {"benchmark": {"seed": 1}, "steps": 1, "limit": 5}
+    two.data["protocol"] = {"benchmark": {"seed": 1}, "steps": 1}
     with pytest.raises(UsageError) as refused:
         merge([one, two])
     assert 'benchmark.name is "tiny" and null; benchmark.description is' in str(refused.value)
@@ -313,26 +317,91 @@ def test_a_figure_is_shown_with_its_interval(figure, digits, text):
 
 def test_a_difference_is_shown_with_its_sign():
     assert shown({"mean": 0.5, "low": -0.25, "high": 1.25}, 2, sign=True) == "+0.50 [-0.25, +1.25]"
-    assert [shown_p(p) for p in (1.0, 0.0123, 0.001, 0.0009, 0.0)] == ["1.000", "0.012", "0.001", "< 0.001", "< 0.001"]
 
 
 def test_rows_are_models_columns_are_measures_and_published_rows_come_last_and_marked():
     result = result_of("anywhere", "base", "tuned").data
     rows = measure_rows(result)
-    assert [list(row) for row in rows] == [["model", "HPS", "distance", "FID"]] * 3
+    assert [list(row) for row in rows] == [["model", "HPS", "distance", "FID", "saturation"]] * 3
     assert [row["model"] for row in rows] == ["base", "tuned", "FLUX.1-dev (published)"]
     assert rows[0]["HPS"] == shown(result["figures"]["base"][ALL]["hpsv2.1"], 3)
     assert rows[0]["FID"] == "14.0"
-    assert list(rows[2].values())[1:] == ["0.289", "-", "-"]  # DeQA was not measured here, and has no column
+    assert list(rows[2].values())[1:] == ["0.289", "-", "-", "-"]  # DeQA was not measured here, and has no column
     by_style = measure_rows(result, "photo")
     assert [row["model"] for row in by_style] == ["base", "tuned"]
     assert by_style[1]["distance"] == shown(result["figures"]["tuned"]["photo"]["distance"], 2)
 
 
+def test_the_terminals_short_table_has_no_intervals_and_only_measures_with_a_better_side():
+    rows = mean_rows(result_of("anywhere", "base", "tuned").data)
+    assert list(rows[0]) == ["model", "HPS", "distance", "FID"]
+    assert not any("[" in cell for row in rows for cell in row.values())
+
+
+def test_a_row_a_measure_has_the_difference_of_two_models_and_of_more_a_star_where_one_differs():
+    two = result_of("anywhere", "base", "tuned").data
+    row = interval_rows(two)[0]
+    assert list(row) == ["measure", "base", "tuned", "difference", "p (Holm)", "better is"]
+    assert row["difference"] == shown(_difference_of(two["comparisons"][0]), 3, sign=True)
+    three = result_of("anywhere", "base", "tuned", "other").data
+    for comparison in three["comparisons"]:
+        comparison["p_holm"] = 0.01 if comparison["model"] == "other" else 0.2
+    rows = interval_rows(three)
+    assert list(rows[0]) == ["measure", "base", "tuned", "other", "better is"]
+    assert [cell.endswith(" *") for cell in rows[0].values()] == [False, False, False, True, False]
+
+
+def _difference_of(comparison):
+    return {"mean": comparison["difference"], "low": comparison["low"], "high": comparison["high"]}
+
+
+def test_published_figures_stand_under_a_name_or_a_title_and_rows_without_any_are_left_out(tmp_path):
+    result = result_of(tmp_path, "base").data
+    rows = [("one", {"hpsv2.1": 0.3}), ("two", {"hps": 0.4}), ("three", {"deqa": 4.3})]
+    result["published"]["rows"] = [{"model": model, "figures": figures} for model, figures in rows]
+    assert [(row["model"], row["HPS"]) for row in measure_rows(result)[1:]] == [
+        ("one (published)", "0.300"),
+        ("two (published)", "0.400"),
+    ]
+    result["published"]["rows"] = result["published"]["rows"][2:]
+    write_tables(result, tmp_path)
+    assert "ublished" not in (tmp_path / "table.md").read_text() + (tmp_path / "table.tex").read_text()
+
+
+def test_published_figures_are_said_to_be_of_the_whole_set_beside_those_of_a_part(tmp_path):
+    result = result_of("anywhere", "base").data
+    for limit in (None, 24):
+        write_tables({**result, "selection": {"limit": limit, "group": None}}, tmp_path)
+        for name in ("table.md", "table.tex"):
+            assert ("of the whole set" in (tmp_path / name).read_text()) == (limit == 24)
+
+
+def test_prompts_of_one_text_are_counted_once_and_all_of_them_are_named(tmp_path):
+    table = table_of("base", prompts=8, styles=("photo",))
+    table["prompt"] = [f"text {number // 2}" for number in range(8)]
+    protocol = {"benchmark": benchmark_of().model_dump(mode="json")}
+    data = summarise(table, MEASURES, benchmark_of(), protocol, [{"label": "base"}], sets={"base": {"fid": 9.0}})
+    assert data["counts"] == {"prompts": 8, "texts": 4}
+    assert {figure["count"] for figure in data["figures"]["base"][ALL].values()} == {4}
+    write_tables(data, tmp_path)
+    for name in ("table.md", "table.tex"):
+        assert "8 prompts, 4 different texts, protocol" in (tmp_path / name).read_text()
+
+
+def test_few_prompts_are_said_to_be_few(tmp_path):
+    few, many, by_group = (result_of(tmp_path, "base", prompts=prompts).data for prompts in (10, 60, 40))
+    assert few["notes"] == ["Only 10 different prompts: intervals and p values of so few are rough."]
+    assert many["notes"] == []
+    assert by_group["notes"][0].startswith("Group by group there are as few as 20 different prompts: ")
+    write_tables(few, tmp_path)
+    assert few["notes"][0] in (tmp_path / "table.md").read_text()
+    assert few["notes"][0] in (tmp_path / "table.tex").read_text()
+
+
 def test_measures_of_one_title_go_by_their_names():
     result = result_of("anywhere", "base").data
     result["measures"][1]["title"] = "HPS"
-    assert list(measure_rows(result)[0]) == ["model", "hpsv2.1", "distance", "FID"]
+    assert list(measure_rows(result)[0]) == ["model", "hpsv2.1", "distance", "FID", "saturation"]
 
 
 def test_differences_are_rows_of_model_and_measure():
@@ -341,11 +410,12 @@ def test_differences_are_rows_of_model_and_measure():
     assert [(row["model"], row["against"], row["measure"]) for row in rows] == [
         ("tuned", "base", "HPS"),
         ("tuned", "base", "distance"),
+        ("tuned", "base", "saturation"),
     ]
     first = result["comparisons"][0]
     assert rows[0]["difference"] == shown({**first, "mean": first["difference"]}, 3, sign=True)
     assert rows[0]["higher on"] == f"{100 * first['wins']:.0f} %"
-    assert len(difference_rows(result, "photo")) == 2
+    assert len(difference_rows(result, "photo")) == 3
 
 
 def test_markdown_has_a_table_for_all_prompts_and_for_each_style(tmp_path):
@@ -353,7 +423,7 @@ def test_markdown_has_a_table_for_all_prompts_and_for_each_style(tmp_path):
     write_tables(result, tmp_path)
     text = (tmp_path / "table.md").read_text()
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert [len(table) for table in tables] == [2 + 3, 2 + 2, 2 + 2, 2 + 2, 2 + 4]  # all, differences, styles, batches
+    assert [len(table) for table in tables] == [2 + 3, 2 + 3, 2 + 2, 2 + 2, 2 + 4]  # all, differences, styles, batches
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     assert tables[0][2].split(" | ")[1] == shown(result["figures"]["base"][ALL]["hpsv2.1"], 3)
@@ -384,9 +454,9 @@ def test_the_latex_table_is_a_tabular_of_whole_rows_that_needs_no_package(tmp_pa
     write_tables(result, tmp_path)
     lines = (tmp_path / "table.tex").read_text().splitlines()
     body = [line for line in lines if not line.startswith("%")]
-    assert (body[0], body[-1]) == (r"\begin{tabular}{lrrr}", r"\end{tabular}")
+    assert (body[0], body[-1]) == (r"\begin{tabular}{lrrrr}", r"\end{tabular}")
     rows = [line for line in body[1:-1] if line != r"\hline"]
-    assert [line.count("&") - line.count(r"\&") for line in rows] == [3] * 4
+    assert [line.count("&") - line.count(r"\&") for line in rows] == [4] * 4
     assert all(line.startswith("{") and line.endswith(r" \\") for line in rows)  # no row may begin with [ after a \\
     assert r"{[50\%] a\_b \& \textbackslash{}input\{x\}}" in rows[2]
     assert "& $-$0.50 [$-$0.75, 0.25] &" in rows[1]
@@ -396,3 +466,46 @@ def test_the_latex_table_is_a_tabular_of_whole_rows_that_needs_no_package(tmp_pa
 
 def test_markdown_keeps_a_cell_a_cell():
     assert markdown("a|b\nc \\ `x` *y* <b> 1 < 2") == r"a\|b c \\ \`x\` \*y\* \<b> 1 < 2"
+
+
+SIXTY_COLUMNS = """
+import re, sys, time
+from pathlib import Path
+import numpy as np, pandas as pd
+from srpo_cli.config.benchmark import Benchmark
+from srpo_cli.metrics.aggregate import SIGNALS, Measure
+from srpo_cli.recipes.results import summarise
+
+models = int(sys.argv[1])
+items = 100_000 // models
+labels = [f"m{i}" for i in range(models)]
+columns = [*SIGNALS, *(f"c{k}" for k in range(60 - len(SIGNALS)))]
+table = pd.DataFrame({
+    "model": np.repeat(labels, items),
+    "item": np.tile([f"{i:06d}" for i in range(items)], models),
+    "group": np.tile([f"style {i % 4}" for i in range(items)], models),
+    "prompt": np.tile([f"prompt {i}" for i in range(items)], models),
+    "image": 0,
+    **{name: np.random.default_rng(k).normal(size=models * items) for k, name in enumerate(columns)},
+})
+measures = [Measure(name, "", (name,), better="" if name in SIGNALS else "higher") for name in columns]
+prompts = {"layout": "table", "files": ["prompts.txt"]}
+benchmark = Benchmark(name="large", description="large", prompts=prompts, metrics=["hpsv2.1"], batches=10)
+
+def most_memory():  # in kB; not getrusage's, which begins with what the parent process had
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+Path("/proc/self/clear_refs").write_text("5")  # the most from now on
+before, start = most_memory(), time.process_time()
+data = summarise(table, measures, benchmark, {}, [{"label": label} for label in labels])
+assert len(data["hacking"]) == len(SIGNALS) * (models - 1)
+print(most_memory() - before, time.process_time() - start)
+"""
+
+
+@pytest.mark.parametrize("models", ["1", "6"])
+def test_100_000_pictures_and_60_columns_take_less_than_a_gigabyte_beyond_imports_and_half_a_minute(models):
+    command = [sys.executable, "-c", SIXTY_COLUMNS, models]
+    kilobytes, seconds = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert 0 < kilobytes < 2**20
+    assert seconds < 30

@@ -12,6 +12,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from srpo_cli.config.benchmark import Benchmark, load_benchmark
@@ -21,8 +22,8 @@ from srpo_cli.registry import HubFiles
 from srpo_cli.runtime.benchmarks import Item, load_items, picture_path, select
 from srpo_cli.runtime.fetch import fetch
 
-OLD, NEW = "1" * 40, "2" * 40
-"""Commits of a repository."""
+OLD, NEW, ELLA = "1" * 40, "2" * 40, load_benchmark("dpg").prompts.revision
+"""Commits of a repository, and the one of dpg's."""
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -146,6 +147,29 @@ def test_a_table_is_what_sample_reads(tmp_path):
     assert shown(items) == [("00000", "a cat"), ("00001", "a cat")]
 
 
+@pytest.mark.parametrize("column", ["group", "style", "category"])
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_table_may_have_a_column_of_groups(ending, column, tmp_path):
+    rows = [("a cat", "photo", 1), ("", "none", 2), ("a fox,\nred", "anime", 3), ("a dog ", "photo", 4)]
+    table = pd.DataFrame(rows, columns=["prompt", column, "number"])
+    file = tmp_path / f"mine.{ending}"
+    if ending == "csv":
+        file.write_text("\ufeff" + table.to_csv(index=False), encoding="utf-8")
+    elif ending == "jsonl":
+        table.to_json(file, orient="records", lines=True)
+    else:
+        table.to_parquet(file)
+    expected = [("photo/00000", "a cat"), ("anime/00000", "a fox,\nred"), ("photo/00001", "a dog")]
+    assert shown(load_items(load_benchmark(str(file))).items) == expected
+
+
+def test_a_prompt_without_a_group_among_grouped_ones_is_named(tmp_path):
+    (tmp_path / "mine.csv").write_text("prompt,style\na cat,photo\na dog,\n")
+    assert "'a dog' has no style: give every prompt one" in refused(
+        UsageError, load_benchmark(str(tmp_path / "mine.csv"))
+    )
+
+
 def test_the_world_gives_the_miniatures_evaluation_captions():
     prompts = load_items(load_benchmark("miniature"))
     assert [item.prompt for item in prompts.items] == draw_prompts(256, 0, "evaluation")
@@ -187,9 +211,26 @@ def test_a_digest_that_does_not_match_names_file_expected_and_seen(benchmark, tm
     text = '["a cat"]'
     right, wrong = hashlib.sha256(text.encode()).hexdigest(), "0" * 64
     good = load_items(benchmark({"a.json": text}, "lists", f"sha256: {{a.json: '{right}'}}"))
-    assert good.files == {"a.json": right}
-    message = refused(SrpoError, benchmark({"a.json": text}, "lists", f"sha256: {{a.json: '{wrong}'}}"))
+    assert (good.files, good.unverified) == ({"a.json": right}, ())
+    message = refused(UsageError, benchmark({"a.json": text}, "lists", f"sha256: {{a.json: '{wrong}'}}"))
+    assert "change prompts.sha256 in mine's .yaml" in message
     assert str(tmp_path / "a.json") in message and right in message and wrong in message
+
+
+def test_a_repositorys_files_without_a_stated_digest_are_not_verified(tmp_path):
+    for name, text in hpdv2_files().items():
+        (tmp_path / Path(name).name).write_text(text)
+    hpdv2 = load_benchmark("hpdv2")
+    assert load_items(hpdv2, tmp_path).unverified == hpdv2.prompts.files
+    first, *others = hpdv2.prompts.files
+    digest = hashlib.sha256((tmp_path / Path(first).name).read_bytes()).hexdigest()
+    prompts = hpdv2.prompts.model_copy(update={"sha256": {first: digest}})
+    assert load_items(hpdv2.model_copy(update={"prompts": prompts}), tmp_path).unverified == tuple(others)
+
+
+def test_ones_own_prompts_and_those_of_the_miniature_need_nobody_to_vouch_for_them(benchmark):
+    assert load_items(benchmark({"a.json": '["a cat"]'}, "lists")).unverified == ()
+    assert load_items(load_benchmark("miniature")).unverified == ()
 
 
 def test_the_digest_of_a_folder_is_what_sha256sum_makes_of_it(benchmark):
@@ -211,7 +252,8 @@ def test_the_digest_of_a_folder_is_what_sha256sum_makes_of_it(benchmark):
 )
 def test_counts_that_do_not_match_are_refused(benchmark, keys, message):
     lists = {"anime.json": '["a", "b"]', "photo.json": '["c"]'}
-    assert message in refused(SrpoError, benchmark(lists, "lists", keys))
+    told = refused(UsageError, benchmark(lists, "lists", keys))
+    assert message in told and f": change prompts.{keys.partition(':')[0]} in mine's .yaml, or take it out" in told
 
 
 @pytest.mark.parametrize("keys", ["groups: {anime: 2, photo: 1}", "count: 3"])
@@ -314,7 +356,7 @@ def test_pictures_made_elsewhere_are_where_their_makers_put_them():
         ("drawbench", ["curl -L", "https://raw.githubusercontent.com/NVlabs/DiffusionNFT/HEAD/", "--prompts FILE"]),
         ("parti", ["parti/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071/PartiPrompts.tsv`"]),
         ("geneval", ["geneval/HEAD/prompts/evaluation_metadata.jsonl`"]),
-        ("dpg", ["https://github.com/TencentQQGYLab/ELLA/archive/HEAD.zip`", "--prompts FOLDER"]),
+        ("dpg", [f"https://github.com/TencentQQGYLab/ELLA/archive/{ELLA}.zip`", "--prompts FOLDER"]),
     ],
 )
 def test_prompts_that_are_not_here_come_with_the_command_that_fetches_them(name, parts):
@@ -447,7 +489,7 @@ def test_a_file_that_github_does_not_have_is_one_line(github):
 
 
 def test_a_folder_of_github_comes_out_of_its_archive_and_is_the_folder(github, tmp_path):
-    archive = github / "TencentQQGYLab/ELLA/archive/HEAD.zip"
+    archive = github / f"TencentQQGYLab/ELLA/archive/{ELLA}.zip"
     archive.parent.mkdir(parents=True)
     folder = tmp_path / "ELLA/dpg_bench/prompts"
     folder.mkdir(parents=True)

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
 import stat
 import struct
+import time
 from collections import Counter, defaultdict
-from importlib.util import module_from_spec, spec_from_file_location
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -15,19 +18,12 @@ from PIL import Image
 from srpo_cli.errors import UsageError
 from srpo_cli.study.arms import items_of_folders, items_of_result
 from srpo_cli.study.build import Options, new_study, resolve
+from srpo_cli.study.design import deal
 from srpo_cli.study.rubric import load_rubric
 from srpo_cli.study.store import Change, Store, read_facts
 from srpo_cli.study.training import read_training
 
 PROMPTS = ["a red sphere", "a blue cone", "a green cube"]
-
-
-@pytest.fixture(scope="module")
-def serving():
-    spec = spec_from_file_location("serving", Path(__file__).with_name("serving.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -115,19 +111,40 @@ def test_a_result_of_eval_is_a_study_s_source(arms, serving, tmp_path):
         for arm in (*serving.ARMS, "third")
         for number, prompt in enumerate(PROMPTS)
     ]
-    pd.DataFrame(table).to_parquet(tmp_path / "images.parquet")
-    items = items_of_result(tmp_path, serving.ARMS)
+    items = items_of_result(pd.DataFrame(table), tmp_path, serving.ARMS)
     assert [(item.prompt_id, item.prompt, item.group) for item in items] == [
         (f"photo/{number:05d}", prompt, "photo") for number, prompt in enumerate(PROMPTS)
     ]
     assert all(list(item.files) == list(serving.ARMS) for item in items)
     assert all(path.is_file() for item in items for path in item.files.values())
-    assert len(items_of_result(tmp_path)[0].files) == 3
+    assert len(items_of_result(pd.DataFrame(table), tmp_path)[0].files) == 3
     with pytest.raises(UsageError, match=r"Unknown model 'wallrus-tuned'\. Did you mean 'walrus-tuned'"):
-        items_of_result(tmp_path, ["wallrus-tuned"])
-    pd.DataFrame(table[:-1]).to_parquet(tmp_path / "images.parquet")
+        items_of_result(pd.DataFrame(table), tmp_path, ["wallrus-tuned"])
     with pytest.raises(UsageError, match="arm third has no picture of 'a green cube'"):
-        items_of_result(tmp_path)
+        items_of_result(pd.DataFrame(table[:-1]), tmp_path)
+
+
+def test_items_of_one_text_are_one_prompt_whose_pictures_are_apart(arms, serving, tmp_path):
+    texts = ["a red sphere", "a blue cone", "a red sphere", *(f"prompt {number}" for number in range(27))]
+    table = [
+        {"model": arm, "item": f"{number:05d}", "group": f"group {number}", "prompt": text, "image": 0}
+        | {"file": f"arms/{arm}/okapi-{number % 3:03d}.png"}
+        for arm in serving.ARMS
+        for number, text in enumerate(texts)
+    ]
+    items = items_of_result(pd.DataFrame(table), tmp_path)
+    assert [item.prompt_id for item in items[:3]] == ["00000", "00001", "00000"]
+    facts = new_study(tmp_path / "study", items, Options("mine", raters=2, k=2, repeats=0))
+    assert (facts.prompts, facts.pictures) == (29, 60)
+    key = json.loads((tmp_path / "study" / "private" / "key.json").read_text())
+    tasks = serving.rows(
+        tmp_path / "study", "SELECT rater, position, picture, prompt_id, group_name FROM tasks ORDER BY rater, position"
+    )
+    assert all(group == key[picture]["group"] for _, _, picture, _, group in tasks)  # each item keeps its own
+    red = [(rater, position) for rater, position, _, prompt, _ in tasks if prompt == "00000"]
+    assert [rater for rater, _ in red] == ["r01"] * 4 + ["r02"] * 4
+    gaps = [after - before for (rater, before), (same, after) in pairwise(red) if rater == same]
+    assert min(gaps) >= 60 // 8  # half of four rounds
 
 
 def test_pictures_that_size_would_tell_apart_are_refused_and_leave_nothing(arms, tmp_path):
@@ -207,6 +224,18 @@ def test_the_key_and_the_links_are_for_their_owner_only(serving, tmp_path):
     assert stored == {rater: hashlib.sha256(token.encode()).hexdigest() for rater, token in links.items()}
 
 
+def test_what_is_answered_is_for_its_owner_only(serving, tmp_path):
+    before = os.umask(0)
+    try:
+        study = serving.make_study(tmp_path)
+        store = Store(study)
+        answer_all(store, "r01", lambda task, dimension: 2)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in study.glob("answers.sqlite*")}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("answers.sqlite", "answers.sqlite-wal", "answers.sqlite-shm"), 0o600)
+
+
 def test_a_folder_that_is_taken_is_left_alone(arms, tmp_path):
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "mine.txt").write_text("mine")
@@ -217,7 +246,7 @@ def test_a_folder_that_is_taken_is_left_alone(arms, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"raters": 3, "k": 5}, "--per-prompt 5 is more than the 3 raters"), ({"mode": "pairs"}, "pairs need two arms")],
+    [({"raters": 3, "k": 5}, "--per-prompt 5 is more than --raters 3"), ({"mode": "pairs"}, "pairs need two arms")],
 )
 def test_options_that_do_not_fit_are_refused(arms, tmp_path, options, message):
     items = items_of_folders({"zebra-base": arms["zebra-base"]})
@@ -257,6 +286,11 @@ def test_a_training_row_that_cannot_be_used_is_named(tmp_path, row, message):
     (tmp_path / "training.jsonl").write_text(row)
     with pytest.raises(UsageError, match=message):
         read_training(tmp_path / "training.jsonl", "grades", load_rubric("grades"))
+
+
+def test_flaws_are_counted_relative_to_other_pictures_as_in_the_paper():
+    counted = [each.name for each in load_rubric("grades") if each.question.startswith("Beside other pictures")]
+    assert counted == ["realism", "detail"]
 
 
 def test_prompt_free_questions_come_before_the_prompt_was_seen(serving, tmp_path):
@@ -302,6 +336,21 @@ def test_what_raters_differ_on_by_two_goes_to_the_experts_once_and_only_that(ser
         study, "SELECT prompt_id, dimension FROM answers JOIN tasks USING (task) WHERE kind = 'resolution'"
     )
     assert set(answered) <= differing
+
+
+def test_experts_get_a_dispute_once_however_many_resolve_at_once(serving, tmp_path, monkeypatch):
+    study = serving.make_study(tmp_path, prompts=3, experts=2, repeats=0)
+    for rater, grade in (("r01", 0), ("r02", 3)):
+        answer_all(Store(study), rater, lambda task, dimension, grade=grade: grade)
+
+    def slowly(*arguments):
+        time.sleep(0.05)  # between reading and adding
+        return deal(*arguments)
+
+    monkeypatch.setattr("srpo_cli.study.build.deal", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(resolve, [study] * 4)) == [0, 0, 0, 6]
+    assert Store(study).loads("expert") == {"e01": 3, "e02": 3}
 
 
 def test_grades_one_apart_are_no_dispute(serving, tmp_path):

@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from srpo_cli.study.design import FAR_APART, Place, assign, deal, least_distance, order, sides
+from srpo_cli.study.design import APART, Place, assign, deal, least_distance, order, sides
 
 SIZES = [  # raters, of each prompt, prompts
     (10, 5, 500),
@@ -59,8 +59,8 @@ def test_everything_is_shown_once_and_the_pictures_of_a_prompt_are_far_apart(pro
     assert sorted(first, key=lambda place: (place.prompt, place.variant)) == [
         Place(prompt, variant) for prompt in names for variant in range(variants)
     ]
-    distance = least_distance(prompts, prompts * variants, repeats)
-    assert distance == min(len(places) // (2 * variants), FAR_APART, prompts)
+    distance = least_distance([variants] * prompts, repeats)
+    assert distance == min(len(places) // (2 * variants), APART, prompts)
     gaps = [b - a for prompt in names for a, b in pairwise(indices(places, prompt))]
     assert not gaps or min(gaps) >= distance
 
@@ -92,9 +92,14 @@ def test_no_arm_comes_first_more_often_than_another(variants):
         assert len({place.prompt for place in of_round}) == 60
 
 
-def test_prompts_may_have_unequally_many_pictures():
-    places = order(range(4), [1, 2, 4, 2], 0.0, 0, 0)
-    assert Counter(place.prompt for place in places) == {0: 1, 1: 2, 2: 4, 3: 2}
+@pytest.mark.parametrize("repeats", [0.0, 0.1])
+@pytest.mark.parametrize("variants", [[1, 2, 4, 2], [2] * 57 + [6] * 3, [1, 2, 3] * 20, [1] * 70 + [10]])
+def test_prompts_may_have_unequally_many_pictures(variants, repeats):
+    places = order(range(len(variants)), variants, repeats, 0, 0)
+    once = Counter(place.prompt for place in places if not place.repeat)
+    assert [once[prompt] for prompt in range(len(variants))] == variants
+    gaps = [b - a for prompt in once for a, b in pairwise(indices(places, prompt))]
+    assert min(gaps) >= least_distance(variants, repeats) == min(len(places) // (2 * max(variants)), APART)
 
 
 @pytest.mark.parametrize(("prompts", "variants"), [(1, 1), (1, 4), (2, 3)])
@@ -102,7 +107,7 @@ def test_small_studies_keep_what_distance_there_is(prompts, variants):
     places = order(range(prompts), [variants] * prompts, 0.0, 0, 0)
     gaps = [b - a for prompt in range(prompts) for a, b in pairwise(indices(places, prompt))]
     assert len(places) == prompts * variants
-    assert not gaps or min(gaps) >= least_distance(prompts, len(places), 0.0) >= 1
+    assert not gaps or min(gaps) >= least_distance([variants] * prompts, 0.0) >= 1
 
 
 def test_nothing_to_show_is_an_empty_order():

@@ -1,12 +1,11 @@
 """The rating page in a real browser, by keyboard, on a phone, and while its server is killed again and again."""
 
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 
@@ -17,6 +16,10 @@ WATCH = """
 const send = window.fetch;
 window.fetch = async (path, options) => {
   const response = await send(path, options);
+  if (response.ok && options?.method === "POST" && sessionStorage.getItem("lose")) {
+    sessionStorage.removeItem("lose");
+    throw new TypeError("the acknowledgement was lost");
+  }
   if (options?.method === "POST" && (response.ok || response.status === 409)) {
     const reply = await response.clone().json();
     const told = JSON.parse(sessionStorage.getItem("told") || "[]");
@@ -26,7 +29,7 @@ window.fetch = async (path, options) => {
   return response;
 };
 """
-"""Notes every answer that the server has acknowledged, over reloads too."""
+"""Notes every answer that the server has acknowledged, over reloads too; loses one acknowledgement if it is told to."""
 
 SEEN = """
 return {
@@ -46,14 +49,6 @@ return {
   ]),
 };
 """
-
-
-@pytest.fixture(scope="module")
-def serving():
-    spec = spec_from_file_location("serving", Path(__file__).with_name("serving.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Page:
@@ -303,6 +298,18 @@ def test_a_late_answer_of_another_window_is_not_taken_twice(page, serving):
     assert serving.rows(page.study, "SELECT value FROM answers") == [(3,)]
 
 
+@pytest.mark.parametrize(("key", "lost"), [("4", "stored"), ("u", "taken back")])
+def test_an_answer_that_is_refused_is_not_said_to_be_stored(page, serving, key, lost):
+    page.answer("1")
+    with closing(sqlite3.connect(page.study / "answers.sqlite")) as database, database:
+        database.execute("UPDATE raters SET token_sha256 = rater")  # the link is no longer the rater's
+    page.press(key)
+    page.wait(lambda seen: seen["screen"] == "end")
+    told = page.driver.execute_script('return document.getElementById("epilogue").textContent')
+    assert f"Your last answer was not {lost}" in told
+    assert serving.rows(page.study, "SELECT value FROM changes") == [(3,)]
+
+
 @contextmanager
 def killed_again_and_again(server, dice: random.Random) -> Iterator[list[float]]:
     """Kill the server at random moments and start it again, until left; the list is of when."""
@@ -327,6 +334,7 @@ def killed_again_and_again(server, dice: random.Random) -> Iterator[list[float]]
 def rate(page: Page, dice: random.Random, pressed: list[int | None]) -> None:
     """Rate everything with the keyboard, now and then taking back or loading the page anew in the middle."""
     page.start()
+    page.driver.execute_script('sessionStorage.setItem("lose", "1")')
     while (seen := page.ready())["screen"] != "end":
         if seen["undo"] and dice.random() < 0.06:
             page.press("u")
@@ -380,4 +388,4 @@ def test_two_raters_lose_and_double_nothing_while_the_server_is_killed(serving, 
         assert sorted(stored) == sorted((*question, value) for question, value in standing.items())
         assert len(stored) == tasks * 5
     assert any(value is None for value in pressed["r01"] + pressed["r02"])  # so all of it has been met
-    assert any(status == 409 for rater in raters for status, *_ in told[rater])
+    assert all(any(status == 409 for status, *_ in told[rater]) for rater in raters)

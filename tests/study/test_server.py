@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,6 @@ from srpo_cli.study.server import LARGEST_BODY, make_app
 
 HERE = "http://localhost:8765"
 SAFE = {"Content-Type": "application/json", "X-Rate": "1", "Origin": HERE}
-
-
-@pytest.fixture(scope="module")
-def serving():
-    spec = spec_from_file_location("serving", Path(__file__).with_name("serving.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -194,6 +185,7 @@ REFUSED = {  # what is changed in a good request: status
     "no origin": ({"Origin": ""}, None, 403),
     "another site": ({"Origin": "https://evil.example"}, None, 403),
     "another port": ({"Origin": "http://localhost:9999"}, None, 403),
+    "no address": ({"Origin": "http://["}, None, 403),
     "a sandboxed page": ({"Origin": "null"}, None, 403),
     "no custom header": ({"X-Rate": ""}, None, 403),
     "a form": ({"Content-Type": "application/x-www-form-urlencoded"}, None, 415),
@@ -342,6 +334,22 @@ def test_a_proxy_s_address_is_admitted_once_it_is_named(study, pages):
     assert post(client, pages["r01"], body, Origin="https://other.example.org").status_code == 403
     with pytest.raises(UsageError, match=r"--url rate\.example\.org: give it as"):
         make_app(study, url="rate.example.org")
+
+
+@pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("https://rate.example.org:443", "https://rate.example.org"),
+        ("http://rate.example.org:80/study", "http://rate.example.org"),
+        ("https://rate.example.org", "https://rate.example.org:443"),
+        ("http://[2001:db8::1]:80", "http://[2001:db8::1]"),
+    ],
+)
+def test_a_port_that_browsers_leave_out_may_be_named(study, pages, url, origin):
+    client = TestClient(make_app(study, url=url), HERE)
+    body = answer_to(state_of(client, pages["r01"]))
+    assert post(client, pages["r01"], body, Origin="https://rate.example.org:80").status_code == 403
+    assert post(client, pages["r01"], body, Origin=origin).status_code == 200
 
 
 def test_experts_are_asked_what_is_disputed_and_see_no_grade(client, pages, study, serving):

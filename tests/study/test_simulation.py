@@ -1,8 +1,8 @@
 """Studies whose truth is known: the intervals hold it as often as they say, and those that ignore prompts do not.
 
 A picture's quality is its arm's, and its prompt's and its own chance; a grade is that, the rater's bias and noise, cut
-at three places. 150 prompts and 5 of 10 raters for each stand for the paper's 500: percentile intervals get narrower
-than they say with fewer clusters than some dozens, not with more. 400 draws instead of 10,000 cost half a per cent.
+at three places. 150 prompts and 5 of 10 raters for each stand for the paper's 500; 400 draws instead of 10,000 cost
+half a per cent.
 """
 
 from dataclasses import dataclass
@@ -88,23 +88,35 @@ def coverage() -> Coverage:
 
 @pytest.mark.slow
 def test_clustered_intervals_of_excellent_rates_hold_the_truth_in_95_studies_of_100(coverage):
-    assert 0.93 < coverage.clustered < 0.97  # 1,200 intervals, standard error below 0.01
+    assert 0.93 < coverage.clustered < 0.97  # measured 0.945 of 1,200, standard error below 0.01
 
 
 @pytest.mark.slow
 def test_wilson_s_intervals_hold_it_less_often(coverage):
-    assert coverage.wilson < 0.88
+    assert coverage.wilson < 0.88  # measured 0.80
 
 
 @pytest.mark.slow
 def test_intervals_of_differences_hold_the_truth_in_95_studies_of_100(coverage):
-    assert 0.925 < coverage.differences < 0.975  # 600 intervals, standard error 0.009
+    assert 0.925 < coverage.differences < 0.975  # measured 0.942 of 600, standard error 0.009
 
 
 @pytest.mark.slow
 def test_arms_that_do_not_differ_are_told_apart_in_5_studies_of_100(coverage):
-    assert 0.02 < coverage.false_alarms < 0.085  # 300 p values, standard error 0.013
-    assert coverage.power > 0.99
+    assert 0.02 < coverage.false_alarms < 0.085  # measured 0.067 of 300, standard error 0.013
+    assert coverage.power > 0.99  # measured 1
+
+
+@pytest.mark.parametrize("prompts", [10, 20])
+def test_few_prompts_tell_arms_that_do_not_differ_apart_no_more_often_than_they_say(prompts):
+    random, false, held = np.random.default_rng([7, prompts]), [], []
+    for study in range(400):
+        found = grade_figures(grades_of(random, prompts), ARMS, DIMENSIONS, draws=300, seed=study)
+        detail = found["differences"][1]
+        false.append(detail["p"] < 0.05)
+        held.append(hold(EXCELLENT_RATES[1, 1] - EXCELLENT_RATES[1, 0], detail["low"], detail["high"]))
+    assert np.mean(false) < 0.085  # measured 0.050 and 0.055, standard error 0.011
+    assert 0.905 < np.mean(held) < 0.985  # measured 0.935 twice
 
 
 def test_the_simulated_clusters_are_what_wilson_ignores():
@@ -131,7 +143,7 @@ def test_rater_biases_are_recovered_within_their_intervals():
         held += [hold(truth[row["rater"]], row["low"], row["high"]) for row in rows]
         found.append({row["rater"]: row["bias"] for row in rows})
     assert pd.DataFrame(found).mean().to_dict() == pytest.approx(truth, abs=0.04)
-    assert 0.92 < np.mean(held) < 0.975  # 400 intervals, standard error 0.011
+    assert 0.92 < np.mean(held) < 0.975  # measured 0.955 of 400, standard error 0.011
 
 
 def copied(random: np.random.Generator, fidelity: float, prompts: int, raters: int = 5) -> pd.DataFrame:
@@ -158,7 +170,7 @@ def test_intervals_of_alpha_hold_it_in_95_studies_of_100():
     random = np.random.default_rng(5)
     found = [agreement(copied(random, 0.85, 100), len(GRADES), draws=200, seed=study) for study in range(200)]
     held = [hold(0.85**2, each["low"], each["high"]) for each in found]
-    assert 0.90 < np.mean(held) < 0.985  # 200 intervals, standard error 0.015
+    assert 0.90 < np.mean(held) < 0.985  # measured 0.95 of 200, standard error 0.015
 
 
 THREE, STRENGTHS = ("base", "other", "ours"), np.array([-0.6, 0.0, 0.6])
@@ -193,5 +205,5 @@ def test_strengths_and_win_rates_are_recovered_within_their_intervals():
         for steps, row in zip((1, 2, 1), found["win_rates"], strict=True):
             rates.append(hold(1 / (1 + np.exp(-0.6 * steps)), row["rate"]["low"], row["rate"]["high"]))
     assert np.mean(strengths, axis=0) == pytest.approx(STRENGTHS, abs=0.03)
-    assert 0.92 < np.mean(held) < 0.975  # 360 intervals of each, standard error 0.01
-    assert 0.92 < np.mean(rates) < 0.975
+    assert 0.90 < np.mean(held) < 0.985  # measured 0.925 of 360, of three that sum to zero; standard error 0.01
+    assert 0.92 < np.mean(rates) < 0.975  # measured 0.942 of 360

@@ -2,21 +2,12 @@
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 from srpo_cli.errors import UsageError
 from srpo_cli.study.store import Change, RefusedError, Store, UnknownTaskError, read_facts
-
-
-@pytest.fixture(scope="module")
-def serving():
-    spec = spec_from_file_location("serving", Path(__file__).with_name("serving.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -146,7 +137,7 @@ def test_repeats_are_counted_once_they_are_answered(serving, tmp_path):
     assert [each.repeats for each in store.progress()] == [0, 0, 0]
     while store.standing("r01").task:
         store.record("r01", next_change(store, "r01"))
-    assert [each.repeats for each in store.progress()] == [6, 0, 0]
+    assert [each.repeats for each in store.progress()] == [6 * 5, 0, 0]  # answers, as the analysis counts them
 
 
 def test_training_is_not_taken_back(serving, tmp_path):
@@ -170,6 +161,21 @@ def test_a_folder_that_is_no_study_is_refused(study, missing):
 def test_a_study_of_nothing_sensible_is_refused(study):
     (study / "study.json").write_text('{"format": 7}')
     with pytest.raises(UsageError, match="is not of a study"):
+        Store(study)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda database: database.write_text("xx"), "file is not a database"),
+        (lambda database: database.write_bytes(b""), "no such table: raters"),
+        (lambda database: database.write_bytes(database.read_bytes()[:-8192]), "malformed"),
+        (lambda database: database.write_bytes(database.read_bytes()[:8192].ljust(40960, b"x")), "database"),
+    ],
+)
+def test_a_damaged_database_is_refused(study, damage, reason):
+    damage(study / "answers.sqlite")
+    with pytest.raises(UsageError, match=f"answers.sqlite is no database of answers .*{reason}.*: restore it"):
         Store(study)
 
 

@@ -38,7 +38,18 @@
     return before === null || after === null ? null : after - before;
   };
 
+  // A model is not compared with itself: whoever takes the other side's model gives it their own.
+  let sides = [pick("before"), pick("after")];
+  const apart = () => {
+    if (pick("before") === pick("after")) {
+      if (pick("before") === sides[0]) controls.before.value = sides[1];
+      else controls.after.value = sides[0];
+    }
+    sides = [pick("before"), pick("after")];
+  };
+
   const search = () => {
+    apart();
     const words = controls.search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const group = pick("group");
     found = [];

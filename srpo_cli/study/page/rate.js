@@ -48,7 +48,7 @@ async function call(path, options = {}) {
 
 async function goOn() {
   const response = await insist(() => call("state"), "Reconnecting…");
-  if (!response.ok) return fail();
+  if (!response.ok) return fail("What you answered is stored");
   tell("");
   show(await response.json());
 }
@@ -68,13 +68,13 @@ async function send(answer) {
     headers: { "Content-Type": "application/json", "X-Rate": "1" },
     body: JSON.stringify(answer),
   };
-  const [status, reply] = await insist(async () => {
+  const reply = await insist(async () => {
     const response = await call("answers", options);
-    return [response.status, response.ok || response.status === 409 ? await response.json() : null];
+    return response.ok || response.status === 409 ? response.json() : null;
   }, "Reconnecting… your answer is kept");
   sessionStorage.removeItem(PENDING);
   sending = false;
-  if (reply === null) return fail(status);
+  if (reply === null) return fail(`Your last answer was not ${answer.value === null ? "taken back" : "stored"}`);
   tell(reply.stored ? "" : "This was answered before");
   if (state && reply.stored && reply.known !== null) {
     teach(reply);
@@ -83,10 +83,10 @@ async function send(answer) {
   }
 }
 
-function fail() {
+function fail(stored) {
   body.dataset.screen = "end";
   $("farewell").textContent = "Something is wrong";
-  $("epilogue").textContent = "The server does not take this page's answers. Open your link again; what you answered is stored.";
+  $("epilogue").textContent = `The server does not take this page's answers. ${stored}: open your link again.`;
   $("again").hidden = true;
   tell("");
 }
