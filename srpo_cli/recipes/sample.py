@@ -163,20 +163,16 @@ def _draw_all(loaded: _Loaded, request: Request, output: Path, ranks: Ranks) -> 
 
 
 def _draw(model: Flux, rows: Sequence[dict[str, Any]], request: Request, output: Path) -> None:
-    """Draw a batch, unless all of it is there already, and write the pictures that are not.
-
-    All of it, because to the last bit a picture depends on what it is drawn together with.
-    """
-    is_missing = [read_metadata(output / row["file"]) is None for row in rows]
-    if not any(is_missing):
+    """Draw a batch, but for the pictures that are there already."""
+    wanted = [row for row in rows if read_metadata(output / row["file"]) is None]
+    if not wanted:
         return
     steps, size = request.settings(model)
-    generators = [torch.Generator().manual_seed(row["seed"]) for row in rows]
-    prompts = [row["prompt"] for row in rows]
-    pictures = draw_pictures(model, prompts, generators, size, steps, request.guidance, len(rows))
-    for picture, row, missing in zip(pictures, rows, is_missing, strict=True):
-        if missing:
-            save_png(picture, output / row["file"], row)
+    generators = [torch.Generator().manual_seed(row["seed"]) for row in wanted]
+    prompts = [row["prompt"] for row in wanted]
+    pictures = draw_pictures(model, prompts, generators, size, steps, request.guidance, len(wanted))
+    for picture, row in zip(pictures, wanted, strict=True):
+        save_png(picture, output / row["file"], row)
 
 
 @contextmanager
