@@ -132,7 +132,11 @@ def test_it_writes_a_folder_prints_a_table_and_says_where_the_report_is(srpo):
     head, row = outcome.stdout.splitlines()[:2]
     assert head.split()[:3] == ["model", "photo", "distance"] and row.split()[0] == "miniature"
     assert f"{read('out')['figures']['miniature']['all']['photo_distance']['mean']:.3f}" in row
-    assert outcome.stderr.splitlines() == ["miniature: drawing 4 pictures of 4 prompts", "report: out/report.html"]
+    assert outcome.stderr.splitlines() == [
+        "miniature: drawing 4 pictures of 4 prompts",
+        "note: Only 4 different prompts: intervals and p values of so few are rough.",
+        "report: out/report.html",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_with_and_without_run_are_the_same_and_the_second_call_draws_nothing(srp
     times = {path: path.stat().st_mtime_ns for path in Path("out").glob("[ps]*/*/*e[ed]*.p*")}
     second = srpo("eval", "run", "miniature", *WORLD, "-o", "out")
     assert (first.exit_code, first.stdout) == (second.exit_code, second.stdout)
-    assert second.stderr == first.stderr.replace(" prompts", " prompts; of the 4 there what matches is kept")
+    assert second.stderr == first.stderr.replace("4 prompts", "4 prompts; of the 4 there what matches is kept")
     assert {key: read("out")[key] for key in one if key not in ("cost", "environment")} == {
         key: one[key] for key in one if key not in ("cost", "environment")
     }
