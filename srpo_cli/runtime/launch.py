@@ -238,12 +238,16 @@ class Launch:
         return 0
 
     def _exit_code(self, failures: Mapping[int, ProcessFailure], advice: Callable[[], str]) -> int:
-        """The exit code of the process that failed first, others having ended because of it."""
+        """The exit code of the process that failed first, others having ended because of it.
+
+        One that told what was wrong comes before any that a signal ended: a process may be aborted while it leaves,
+        when the one that it was connected to is gone.
+        """
         causes = {rank: failure for rank, failure in failures.items() if failure.exitcode != LostRankError.exit_code}
         if not causes:
             where = "on another node " if self.nodes else ""
             raise SrpoError(f"a process {where}has ended, or the connection to it{advice()}")
-        rank, cause = min(causes.items(), key=lambda item: item[1].timestamp)
+        rank, cause = min(causes.items(), key=lambda item: (item[1].exitcode < 0, item[1].timestamp))
         if cause.exitcode >= 0:
             return cause.exitcode
         number = signal.Signals(-cause.exitcode)

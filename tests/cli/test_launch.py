@@ -182,7 +182,7 @@ def test_two_processes_score_as_one_does(tmp_path):
 def test_a_reward_that_is_missing_is_told_once(tmp_path):
     save_png(render(draw_scenes_of(PROMPTS[:1], PHOTO, 0))[0], tmp_path / "0.png", {"prompt": "x", "model": "other"})
     exit_code, stdout, stderr = run("score", ".", "--gpus", 2, folder=tmp_path)
-    assert (exit_code, stdout) == (4, "")
+    assert (exit_code, stdout) == (4, ""), stderr
     (error,) = errors(stderr)
     assert "hf download xswu/HPSv2" in error
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,6 +134,20 @@ def test_one_task_a_node_launches_where_the_user_names_the_nodes(alone):
 
 
 # --- what is started ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([(4, 2.0), (-signal.SIGABRT, 1.0)], 4),  # aborted while it left: the other one told what was wrong
+        ([(75, 1.0), (4, 2.0)], 4),  # lost the other one, and says nothing
+        ([(3, 2.0), (4, 1.0)], 4),
+        ([(-signal.SIGTERM, 1.0), (75, 2.0)], 128 + signal.SIGTERM),
+    ],
+)
+def test_the_exit_code_is_that_of_the_process_that_told_what_was_wrong(alone, ends, expected):
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=when) for rank, (code, when) in enumerate(ends)}
+    assert Launch.of(2, None, None, None)._exit_code(failures, str) == expected
 
 
 def test_one_process_starts_nothing():
