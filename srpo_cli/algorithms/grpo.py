@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from srpo_cli.algorithms.base import ControlWords, Generators, ImageTransform, Model, Reward, Rollout
-from srpo_cli.algorithms.judging import Judging
+from srpo_cli.algorithms.judging import Judging, passes
 from srpo_cli.core.schedule import expand_to
 from srpo_cli.core.sde import Gaussian, SdeStep, gaussian_kl, log_prob, sde_path
 from srpo_cli.errors import UsageError
@@ -263,7 +263,7 @@ class GRPO(Judging):
         return [[*first], *([*self._remembered(rollout, lot, batched)] for lot in later)]
 
     def _remembered(self, rollout: Rollout, lot: Sequence[Transition], batched: bool) -> Iterator[Transition]:
-        for group in _passes(lot, batched):
+        for group in passes(lot, batched):
             taken = _Taken.of(rollout, group)
             old = log_prob(taken.x_next, self._gaussian(self.model.velocity, taken, rollout.size))
             for draw, own in zip(group, old.chunk(len(group)), strict=True):
@@ -294,8 +294,9 @@ class GRPO(Judging):
         weights; mean ratio; share of ratios beyond the clip range; and with ``kl`` the mean divergence.
         """
         scale = 1 / len(draws) if scale is None else scale
-        passes = _passes(draws, batched)
-        traces = [trace for group in passes for trace in self.backward_pass(rollout, group, weights, scale)]
+        traces = [
+            trace for group in passes(draws, batched) for trace in self.backward_pass(rollout, group, weights, scale)
+        ]
         ratio = torch.cat([trace.ratio for trace in traces])
         metrics = {
             "loss": sum(scale * trace.loss.mean() for trace in traces),
@@ -344,8 +345,3 @@ class GRPO(Judging):
         with torch.no_grad():
             reference = self._gaussian(self.reference_velocity, taken, size)
         return gaussian_kl(gaussian.mean, reference.mean, gaussian.std)
-
-
-def _passes(draws: Sequence[Transition], batched: bool) -> list[list[Transition]]:
-    """The draws of each pass of the model."""
-    return [[*draws]] if batched else [[draw] for draw in draws]

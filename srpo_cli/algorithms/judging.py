@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from srpo_cli.algorithms.base import ControlWords, Generators, ImageTransform, M
 from srpo_cli.core.curves import hinge
 from srpo_cli.core.relative import relative_reward, srp
 from srpo_cli.errors import UsageError
+
+D = TypeVar("D")
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """Latents (B, ...) and their sigma, a scalar or (B,), to ``eps - x_0``, (B, ...)."""
@@ -198,9 +200,10 @@ class DirectMethod(Judging):
         reward and, where the method knows it, gap (reward of the positive text minus that of the negative).
         """
         scale = 1 / len(draws) if scale is None else scale
-        passes = [draws] if batched else [[draw] for draw in draws]
         options = {"weights": weights, "scale": scale, "generator": generator}
-        traces = [trace for group in passes for trace in self.backward_pass(rollout, group, step, **options)]
+        traces = [
+            trace for group in passes(draws, batched) for trace in self.backward_pass(rollout, group, step, **options)
+        ]
         metrics: dict[str, Tensor] = {"loss": sum(scale * trace.loss.mean() for trace in traces)}
         for kind in dict.fromkeys(trace.kind for trace in traces):
             own = [trace for trace in traces if trace.kind == kind]
@@ -268,3 +271,8 @@ class DirectMethod(Judging):
             return self.model.velocity(latents, sigma, conditioning, self.guidance, rollout.size).to(latents.dtype)
 
         return velocity
+
+
+def passes(draws: Sequence[D], batched: bool) -> list[list[D]]:
+    """The draws of each pass of the model: all in one, or one in each."""
+    return [[*draws]] if batched else [[draw] for draw in draws]

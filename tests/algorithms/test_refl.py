@@ -9,14 +9,12 @@ import torch
 from linear_flow import (
     PLAIN,
     RELATIVE,
-    SIZE,
     STEPS,
     generators,
     gradient,
     make_method,
     roll_out,
     same,
-    sample_of,
     uncut,
     velocity,
 )
@@ -42,64 +40,6 @@ def test_the_gradient_is_that_of_a_plain_loop(relative: bool, hinge: float | Non
         predictions.append(x - sigma * velocity(model, rollout.conditioning[own], x, sigma))
     expected = uncut(model, predictions, RELATIVE if relative else PLAIN, hinge)
     same(gradient(method, rollout, [Late(torch.tensor(steps_left))]), expected)
-
-
-def test_the_hinge_silences_the_samples_beyond_it() -> None:
-    method = make_method(ReFL)
-    rollout = roll_out(method.model)
-    ((draw, *_),) = DRAWS.pairs(generators(3), 1)
-    (trace,) = method.backward_pass(rollout, [draw], 0)
-    margin = trace.reward.mean().item()
-    below = gradient(method, rollout, [draw], weights=(trace.reward < margin).double())
-    method.hinge = margin
-    same(gradient(method, rollout, [draw]), below)
-
-
-def test_a_batch_and_its_samples_one_by_one_give_the_same_gradient() -> None:
-    method = make_method(ReFL)
-    rollout = roll_out(method.model, 2)
-    (draws,) = DRAWS.pairs(generators(2), 1)
-    alone = [
-        gradient(method, sample_of(rollout, sample), DRAWS.pairs(generators(2)[sample : sample + 1], 1)[0])
-        for sample in range(2)
-    ]
-    assert not torch.allclose(alone[0], alone[1], rtol=1e-3)
-    same(gradient(method, rollout, draws), sum(alone) / 2)
-
-
-def test_several_draws_give_the_mean_of_their_gradients_in_one_pass_or_many() -> None:
-    method = make_method(ReFL)
-    rollout, weights = roll_out(method.model), torch.tensor([1.0, -0.5, 0.2])
-    draws = [draw for lot in DRAWS.pairs(generators(3), 3) for draw in lot]
-    alone = [gradient(method, rollout, [draw], weights=weights) for draw in draws]
-    for batched in (False, True):
-        same(gradient(method, rollout, draws, weights=weights, batched=batched), sum(alone) / len(alone))
-    same(gradient(method, rollout, draws, weights=weights, scale=1.0), sum(alone))
-
-
-def test_what_belongs_to_the_rollout_is_constant() -> None:
-    method = make_method(ReFL)
-    rollout = roll_out(method.model)
-    constants = (rollout.x_0, rollout.eps, rollout.path)
-    for tensor in constants:
-        tensor.requires_grad_()
-    method.backward(rollout, DRAWS.pairs(generators(3), 1)[0], 0)
-    assert all(tensor.grad is None for tensor in constants)
-
-
-def test_twenty_steps_raise_the_reward() -> None:
-    method = make_method(ReFL)
-    optimizer = torch.optim.AdamW(method.model.parameters(), lr=0.03)
-    rewards = []
-    for step in range(21):
-        rollout = roll_out(method.model, 4, seed=step)
-        plain, _ = method.measure(method.model.decode(rollout.x_0, SIZE), rollout.prompts)
-        rewards.append(plain.mean().item())
-        for draws in DRAWS.pairs(generators(4, step), 2):
-            optimizer.zero_grad()
-            method.backward(rollout, draws, step)
-            optimizer.step()
-    assert rewards[-1] > rewards[0] + 0.05
 
 
 # --- where it is taken ------------------------------------------------------------------------------------------------
