@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from srpo_cli.errors import LostRankError, SrpoError
+from srpo_cli.runtime.launch import leave_exit_code
 
 _PARSERS_OWN = re.compile(r"Value error, |Input (?=should)")
 
@@ -29,6 +30,7 @@ def one_line_errors() -> Iterator[None]:
     except SrpoError as error:
         if not isinstance(error, LostRankError):
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            leave_exit_code(error.exit_code)
         sys.exit(error.exit_code)
     except TyperException as error:  # the parser's: a flag, a value or a command that it does not know
         if not hasattr(error, "format_message"):
@@ -49,6 +51,7 @@ def one_line_errors() -> Iterator[None]:
             fg=typer.colors.RED,
             err=True,
         )
+        leave_exit_code(SrpoError.exit_code)
         sys.exit(SrpoError.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

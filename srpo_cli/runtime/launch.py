@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,10 @@ if TYPE_CHECKING:  # imports torch
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 LAUNCHED = "SRPO_LAUNCHED"
-"""Set in processes that :class:`Launch` started: what ends them all is then told by the one that started them."""
+"""Set in processes that :class:`Launch` started: what ends them all is then told by the one that started them.
+
+Names the file in which the first process that tells a mistake leaves its exit code; see :func:`leave_exit_code`.
+"""
 
 _MODULE = "srpo_cli"
 _RENDEZVOUS = "srpo"
@@ -47,6 +52,17 @@ def is_alone() -> bool:
 def leads() -> bool:
     """Whether this is the process that talks: the only one, or rank 0 of several."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def leave_exit_code(exit_code: int) -> None:
+    """Keep the exit code of a mistake that this process tells, for the process that started it and others.
+
+    torchrun knows only the processes that it found ended at its first look, and one that is aborted while it leaves,
+    because the one that it was connected to has told what was wrong and is gone, may be all that it found.
+    """
+    if LAUNCHED in os.environ:
+        with suppress(FileExistsError), Path(os.environ[LAUNCHED]).open("x") as file:
+            file.write(str(exit_code))
 
 
 def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -208,7 +224,7 @@ class Launch:
         Raises SrpoError for what no process could tell: that one was killed, or that nodes did not meet or parted.
         ``advice`` gives what to do next, for the end of that line.
         """
-        with _environment(self.gpus), _silent_elastic():
+        with _environment(self.gpus) as told, _silent_elastic():
             from torch.distributed import DistError
             from torch.distributed.elastic.multiprocessing.api import SignalException
             from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -224,7 +240,7 @@ class Launch:
             try:
                 run(parsed)
             except ChildFailedError as error:
-                return self._exit_code(error.failures, advice)
+                return int(told.read_text()) if told.exists() else self._exit_code(error.failures, advice)
             except SignalException as error:
                 return 128 + int(error.sigval)
             except (RendezvousError, DistError) as error:
@@ -240,8 +256,7 @@ class Launch:
     def _exit_code(self, failures: Mapping[int, ProcessFailure], advice: Callable[[], str]) -> int:
         """The exit code of the process that failed first, others having ended because of it.
 
-        One that told what was wrong comes before any that a signal ended: a process may be aborted while it leaves,
-        when the one that it was connected to is gone.
+        One that ended by itself comes before any that a signal ended.
         """
         causes = {rank: failure for rank, failure in failures.items() if failure.exitcode != LostRankError.exit_code}
         if not causes:
@@ -258,17 +273,22 @@ class Launch:
 
 
 @contextmanager
-def _environment(processes: int) -> Iterator[None]:
-    """The environment that processes are started with; what was here before is back afterwards."""
+def _environment(processes: int) -> Iterator[Path]:
+    """The environment that processes are started with, and where the first to tell a mistake leaves its exit code.
+
+    What was here before is back afterwards.
+    """
     before = dict(os.environ)
-    os.environ[LAUNCHED] = "1"
     # torchrun gives each process one thread, with a banner; these share out what there is.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with TemporaryDirectory(prefix="srpo-") as folder:
+        told = Path(folder) / "exit_code"
+        os.environ[LAUNCHED] = str(told)
+        try:
+            yield told
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def results(folder: Path) -> dict:
 @pytest.mark.slow
 def test_what_a_benchmark_cannot_do_is_told_once(tmp_path):
     exit_code, stdout, stderr = run(*EVAL, "--style", "photo", "--gpus", 2, folder=tmp_path)
-    assert (exit_code, stdout) == (2, "")
+    assert (exit_code, stdout) == (2, ""), stderr
     (error,) = errors(stderr)
     assert "there is no group 'photo'" in error
 

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.runtime import launch as module
@@ -148,6 +149,19 @@ def test_one_task_a_node_launches_where_the_user_names_the_nodes(alone):
 def test_the_exit_code_is_that_of_the_process_that_told_what_was_wrong(alone, ends, expected):
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=when) for rank, (code, when) in enumerate(ends)}
     assert Launch.of(2, None, None, None)._exit_code(failures, str) == expected
+
+
+def test_what_a_process_told_counts_where_torchrun_found_only_another_one_aborted(alone):
+    def run(_arguments):
+        module.leave_exit_code(2)
+        module.leave_exit_code(4)
+        raise ChildFailedError("srpo", {1: ProcessFailure(1, 0, -signal.SIGABRT, "")})
+
+    alone.setattr("torch.distributed.run.run", run)
+    before = dict(os.environ)
+    assert Launch.of(2, None, None, None).run([]) == 2
+    assert os.environ == before
+    module.leave_exit_code(4)  # of a process that nobody started: it goes nowhere
 
 
 def test_one_process_starts_nothing():
