@@ -28,6 +28,16 @@ _BUCKET = 2**26  # elements that travel together: 256 MB in float32
 _PATIENCE = timedelta(hours=12)  # while rank 0 measures, the others wait; if it dies, torchrun ends them
 
 
+class _SilentExit(SystemExit):
+    """How a rank leaves for an error that rank 0 tells."""
+
+
+class _LonelyError(SrpoError):
+    """Another rank has ended: nobody is left to agree with."""
+
+    agreed = True
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run, and which of them this one is. Collective methods are called by all in one order."""
@@ -116,7 +126,7 @@ class Ranks:
     def common(self, error: SrpoError) -> BaseException:
         """What to raise for an error that all ranks meet alike: rank 0 tells it, the others leave silently."""
         error.agreed = True
-        return error if self.leads else SystemExit(error.exit_code)
+        return error if self.leads else _SilentExit(error.exit_code)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank, in their order."""
@@ -140,7 +150,8 @@ class Ranks:
         except RuntimeError as error:  # torch.distributed's errors are of this kind
             if LAUNCHED in os.environ:
                 raise LostRankError("another process of this run has ended") from error
-            raise self.common(SrpoError("another process of this run has ended; what it said is above")) from error
+            lost = _LonelyError("another process of this run has ended; what it said is above")
+            raise lost if self.leads else SystemExit(lost.exit_code) from error
 
 
 ALONE = Ranks()
@@ -193,9 +204,16 @@ def join_ranks(device: torch.device, exchange: str | None = None) -> Iterator[Ra
                 f"rank {os.environ['RANK']} cannot reach the others at {place} ({one_line(error)})"
             ) from error
     ranks = Ranks(dist.get_rank(), size, exchange)
-    ranks.check_packages(environment()["packages"])
-    yield ranks
-    dist.destroy_process_group()  # not after an error: the other ranks may be past answering
+    try:
+        ranks.check_packages(environment()["packages"])
+        yield ranks
+    except (SrpoError, _SilentExit) as error:
+        # Where all ranks leave together, one that kept its connections would now and then be aborted by them at its
+        # exit. Not where one leaves alone, or has lost another: who is left may be past answering.
+        if isinstance(error, _SilentExit) or (error.agreed and not isinstance(error, _LonelyError)):
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 @contextmanager
