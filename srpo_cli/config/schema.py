@@ -429,6 +429,9 @@ class AlgorithmConfig(Section):
         None,
         description="gap C_positive - C_negative to settle at; auto: measured first; null: no target",
     )
+    at_target: Literal["stop", "hold"] = Field(
+        "stop", description="where a target is met: end the run, or go on to its last step and be held there"
+    )
     target_reach: Number = Field(
         1.35,
         gt=0,
@@ -474,6 +477,15 @@ class AlgorithmConfig(Section):
         if len(set(branches)) < len(branches):
             raise ValueError("should name each branch at most once")
         return branches
+
+    @model_validator(mode="after")
+    def _there_is_something_to_hold(self) -> AlgorithmConfig:
+        if self.at_target == "hold" and self.target is None:
+            raise ValueError(
+                "algorithm.at_target is hold and algorithm.target is null: nothing would be held; set "
+                "algorithm.target=auto, or a gap"
+            )
+        return self
 
     @model_validator(mode="after")
     def _two_steps_fit_into_the_window(self) -> AlgorithmConfig:

@@ -347,7 +347,7 @@ class Run:
         self._load_state(state)
         if self._replays:
             self._recall_rollouts(checkpoint)
-        self.stopped = bool(self.target and self.target.reached)
+        self.stopped = self._met_target()
 
     def _state(self) -> dict[str, Any]:
         """Where the run stands, but for weights and optimizer."""
@@ -469,9 +469,13 @@ class Run:
                         self._save()
                 raise
             self.step += 1
-            self.stopped = bool(self.target and self.target.reached)
+            self.stopped = self._met_target()
             self._record(record, progress)
         self._save()
+
+    def _met_target(self) -> bool:
+        """Whether the target ends the run here; one that holds it only fades its rate."""
+        return bool(self.target and self.target.reached and self.config.algorithm.at_target == "stop")
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal reached any rank; all then stop at the same step, with the same exit code.

@@ -53,6 +53,8 @@ def test_a_configuration_cannot_be_changed():
         (AlgorithmConfig, {"pairs": 0}),
         (AlgorithmConfig, {"target": "automatic"}),
         (AlgorithmConfig, {"target_reach": 0}),
+        (AlgorithmConfig, {"target": "auto", "at_target": "go"}),
+        (AlgorithmConfig, {"at_target": "hold"}),
         (AlgorithmConfig, {"update": "step"}),
         (ReferenceSchedule, {"train_timestep": [25, 5]}),
         (ReferenceSchedule, {"train_timestep": [5, 50]}),

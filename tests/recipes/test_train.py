@@ -170,6 +170,20 @@ def test_the_target_is_measured_and_stops_the_run(tmp_path, tiny, srpo):
     assert summary_of(tmp_path / "run")["steps"] == summary["steps"], "a target that was reached stays reached"
 
 
+def test_a_target_that_is_held_lets_the_run_go_on_to_its_last_step_and_over_a_resume(tmp_path, tiny, srpo):
+    """With a gap that is reached at once the rate falls to its floor, and no step but the last ends the run."""
+    settings = ["algorithm.target=auto", "algorithm.target_reach=0.001", "algorithm.at_target=hold", "rollout.steps=2"]
+    given = [f"--set={setting}" for setting in [*settings, "optimizer.lr=1e-4"]]
+    outcome = srpo(*tiny(tmp_path / "run", *given, steps=12))
+    assert outcome.exit_code == 0, outcome.stderr
+    summary = summary_of(tmp_path / "run")
+    assert (summary["stopped_by"], summary["steps"]) == ("steps", 12)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert min(rates) == pytest.approx(0.02 * 1e-4)
+    assert srpo("train", "--resume", tmp_path / "run", "--steps", 14, "--quiet").exit_code == 0
+    assert summary_of(tmp_path / "run")["steps"] == 14
+
+
 def test_the_schedule_of_the_published_code_runs_on_the_miniature(tmp_path, tiny, srpo):
     arguments = tiny(tmp_path / "run", "--set", "algorithm.schedule=reference", steps=1)
     outcome = srpo(*arguments)
@@ -209,6 +223,14 @@ def test_given_pictures_stand_for_rollouts(pictures, tmp_path, tiny, srpo):
     assert outcome.exit_code == 0, outcome.stderr
     ledger = summary_of(tmp_path / "run")["ledger"]
     assert (ledger["rollouts"], ledger["forwards"], ledger["gradient_passes"]) == (2, 0, 8)
+
+
+def test_the_offline_preset_draws_nothing_and_trains_on_photographs(tmp_path, srpo):
+    few = ["--set", "train.batch_size=2", "--set", "evaluation.prompts=0", "--set", "samples.count=0", "--steps", 1]
+    outcome = srpo("train", "--preset", "realism:offline", "--model", "miniature", *few, "--output", tmp_path / "run")
+    assert outcome.exit_code == 0, outcome.stderr
+    ledger = summary_of(tmp_path / "run")["ledger"]
+    assert (ledger["forwards"], ledger["gradient_passes"], ledger["updates"]) == (0, 8, 2)
 
 
 def test_prompts_come_from_a_file_of_which_every_eighth_is_held_out(tmp_path, tiny, srpo):
