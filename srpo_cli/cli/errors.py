@@ -17,7 +17,6 @@ import typer
 from typer.exceptions import TyperException
 
 from srpo_cli.errors import LostRankError, SrpoError
-from srpo_cli.runtime.launch import leave_exit_code
 
 _PARSERS_OWN = re.compile(r"Value error, |Input (?=should)")
 
@@ -30,7 +29,7 @@ def one_line_errors() -> Iterator[None]:
     except SrpoError as error:
         if not isinstance(error, LostRankError):
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-            leave_exit_code(error.exit_code)
+            _keep_for_the_launcher(error.exit_code)
         sys.exit(error.exit_code)
     except TyperException as error:  # the parser's: a flag, a value or a command that it does not know
         if not hasattr(error, "format_message"):
@@ -51,7 +50,7 @@ def one_line_errors() -> Iterator[None]:
             fg=typer.colors.RED,
             err=True,
         )
-        leave_exit_code(SrpoError.exit_code)
+        _keep_for_the_launcher(SrpoError.exit_code)
         sys.exit(SrpoError.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -59,3 +58,9 @@ def one_line_errors() -> Iterator[None]:
         typer.secho("error: no space left where the output goes: free some, or send it elsewhere", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it flushes at the end
         sys.exit(SrpoError.exit_code)
+
+
+def _keep_for_the_launcher(exit_code: int) -> None:
+    from srpo_cli.runtime.launch import leave_exit_code
+
+    leave_exit_code(exit_code)
