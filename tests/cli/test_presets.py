@@ -19,7 +19,7 @@ def test_list_is_json_for_scripts(srpo):
     rows = {row["preset"]: row for row in json.loads(srpo("presets", "list", "--format", "json").stdout)}
     assert sorted(rows) == preset_names()
     assert rows["lighting"]["default"] == "natural"
-    assert rows["realism"]["variants"] == ["full", "lora"]
+    assert rows["realism"]["variants"] == ["full", "lora", "offline"]
 
 
 def test_show_prints_a_preset_with_the_origin_of_every_value(srpo, tmp_path):
