@@ -58,10 +58,11 @@ def leave_exit_code(exit_code: int) -> None:
     """Keep the exit code of a mistake that this process tells, for the process that started it and others.
 
     torchrun knows only the processes that it found ended at its first look, and one that is aborted while it leaves,
-    because the one that it was connected to has told what was wrong and is gone, may be all that it found.
+    because the one that it was connected to has told what was wrong and is gone, may be all that it found. Later ones
+    change nothing, nor does a folder that is gone or full.
     """
     if LAUNCHED in os.environ:
-        with suppress(FileExistsError), Path(os.environ[LAUNCHED]).open("x") as file:
+        with suppress(OSError), Path(os.environ[LAUNCHED]).open("x") as file:
             file.write(str(exit_code))
 
 
@@ -240,7 +241,8 @@ class Launch:
             try:
                 run(parsed)
             except ChildFailedError as error:
-                return int(told.read_text()) if told.exists() else self._exit_code(error.failures, advice)
+                said = told.read_text() if told.exists() else ""
+                return int(said) if said else self._exit_code(error.failures, advice)
             except SignalException as error:
                 return 128 + int(error.sigval)
             except (RendezvousError, DistError) as error:
