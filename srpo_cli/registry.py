@@ -145,6 +145,7 @@ REWARDS = Registry(
         "laion-aesthetic-v1": "srpo_cli.rewards.laion:load_laion",
         "laion-aesthetic-v2": "srpo_cli.rewards.laion:load_laion",
         "miniature": "srpo_cli.rewards.miniature:load_miniature",
+        "miniature:clip": "srpo_cli.rewards.miniature:load_miniature",
         "pickscore": "srpo_cli.rewards.pickscore:load_pickscore",
         "pickscore:cosine": "srpo_cli.rewards.pickscore:load_pickscore",
         "clip:*": "srpo_cli.rewards.clip:load_open_clip",
@@ -365,6 +366,9 @@ REWARD_FILES: dict[str, tuple[HubFiles | WebFile, ...]] = {
     "pickscore:cosine": _PICKSCORE,
 }
 """What a named reward needs; the first file of the first entry is the one that ``--weights NAME=FILE`` stands for."""
+
+MINIATURE_REWARDS = {"miniature": "reward.safetensors", "miniature:clip": "clip.safetensors"}
+"""The rewards that know the miniature's world, and the weights of each in their folder of the package."""
 
 METRIC_FILES: dict[str, tuple[HubFiles | WebFile, ...]] = {
     "mask2former": (

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from srpo_cli.registry import MINIATURE_REWARDS
+
 REPOSITORY = Path(__file__).parents[1]
 LARGEST_WEIGHTS = 16_000_000
 PROMPT = "a red sphere on grass"
@@ -78,6 +80,8 @@ def test_the_wheel_holds_presets_weights_and_licence(wheel):
         assert f"srpo_cli/presets/{preset.name}" in sizes
     weights = {name: size for name, size in sizes.items() if name.startswith("srpo_cli/miniature/weights/")}
     assert any(name.endswith(".safetensors") for name in weights)
+    for file in MINIATURE_REWARDS.values():
+        assert f"srpo_cli/miniature/weights/reward/{file}" in weights
     assert sum(weights.values()) <= LARGEST_WEIGHTS
     assert any(name.endswith("/licenses/LICENSE") for name in sizes)
     assert not any(name.startswith("tests/") for name in sizes)

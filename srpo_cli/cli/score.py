@@ -29,7 +29,7 @@ from srpo_cli.cli.options import OptionalPresetOption, TrustOption, WeightsOptio
 from srpo_cli.cli.output import OutputFormat, RowFormat, RowWriter, print_rows
 from srpo_cli.cli.plugins import admit_plugin
 from srpo_cli.errors import UsageError
-from srpo_cli.registry import REWARDS
+from srpo_cli.registry import MINIATURE_REWARDS, REWARDS
 
 if TYPE_CHECKING:  # imports torch
     from srpo_cli.config.schema import TrainConfig
@@ -308,7 +308,7 @@ class _Wording:
 
         words, template = self._words, {}
         if self._preset:
-            config = self._miniature if name == _MINIATURE else self._plain
+            config = self._miniature if name in MINIATURE_REWARDS else self._plain
             if isinstance(config, UsageError):
                 raise config
             known = config.control_words

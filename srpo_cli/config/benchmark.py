@@ -224,10 +224,10 @@ def describe(benchmark: Benchmark) -> dict[str, Any]:
 def for_miniature(benchmark: Benchmark) -> Benchmark:
     """The same prompts and seeds as the miniature is measured on them: its rewards, control words, steps and size.
 
-    A benchmark that asks for the oracle or the miniature's reward was made for it and is left as it is. Of any other
-    the plug-ins stay.
+    A benchmark that asks for the oracle or a reward of the miniature was made for it and is left as it is. Of any
+    other the plug-ins stay.
     """
-    if any(name == "oracle" or name.rpartition(":")[2] == MINIATURE for name in benchmark.metrics):
+    if any(name == "oracle" or MINIATURE in name.split(":") for name in benchmark.metrics):
         return benchmark
     own = load_benchmark(MINIATURE)
     diversity = [f"diversity:{MINIATURE}"] if any(n.startswith("diversity:") for n in benchmark.metrics) else []

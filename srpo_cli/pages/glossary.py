@@ -39,6 +39,10 @@ _MEASURES = {
     "kid*": "Kernel distance between the features of these pictures and those of the reference folder.",
     "miniature": "The miniature's reward, a small CLIP with the bias that large ones are known for: it likes gloss. "
     "A model that becomes more realistic loses on it.",
+    "miniature:clip": "A CLIP of the miniature's world without any preference, which no preset trains on: a second "
+    "opinion. It does not like gloss, but for a caption that names no style it expects what the world mostly shows, "
+    "renders: photographs score 0.58, what the base model draws 0.76. Far below photographs, pictures no longer show "
+    "what was asked for.",
     "grain": "Fine noise on even surfaces, as of film.",
     "saturation": "Mean saturation of the colours, 0 (grey) to 1.",
     "chroma": "Mean distance of the colour channels from grey.",
@@ -50,7 +54,7 @@ _MEASURES = {
     "clipping": "Share of pixels that are entirely black or white.",
 }
 
-_NOTE_ADDS = ("aesthetic*", "pickscore", "imagereward", "hps*", "clip:*", "miniature", "diversity:*", "fid*", "kid*")
+_NOTE_ADDS = ("aesthetic*", "pickscore", "imagereward", "hps*", "clip:*", "miniature*", "diversity:*", "fid*", "kid*")
 
 _PUSHED = ("Colours are pushed: the oily, over-saturated look that rewards are known to like.", "Colours became paler.")
 _SIGNALS = {  # what it means that a signal rose, and that it fell

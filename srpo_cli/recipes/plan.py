@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from srpo_cli.config.schema import TrainConfig
 from srpo_cli.errors import MissingError, UsageError
-from srpo_cli.registry import HUB_FILES
+from srpo_cli.registry import HUB_FILES, MINIATURE_REWARDS
 from srpo_cli.runtime.plan import Counts, Machine, Plan, Work, choose, settle, this_machine
 from srpo_cli.runtime.quiet import quiet_libraries
 
@@ -275,7 +275,7 @@ def _count_reward(name: str, dtype: torch.dtype) -> tuple[int, Work, str]:
     architecture = _TOWERS.get(name)
     if name.startswith("clip:"):
         architecture = name.removeprefix("clip:").partition("/")[0]
-    if name == "miniature":
+    if name in MINIATURE_REWARDS:
         from srpo_cli.miniature import WEIGHTS
 
         settings = _read(WEIGHTS / "reward" / "reward.json")

@@ -19,7 +19,16 @@ from pathlib import Path
 
 from srpo_cli.errors import UsageError
 from srpo_cli.miniature import WEIGHTS
-from srpo_cli.registry import HUB_FILES, PROMPT_FILES, REWARD_FILES, REWARDS, HubFiles, PluginFile, WebFile
+from srpo_cli.registry import (
+    HUB_FILES,
+    MINIATURE_REWARDS,
+    PROMPT_FILES,
+    REWARD_FILES,
+    REWARDS,
+    HubFiles,
+    PluginFile,
+    WebFile,
+)
 from srpo_cli.trust import check_trusted
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "huggingface_hub", "open_clip_torch")
@@ -156,7 +165,7 @@ def check_weights(kind: str, name: str) -> Check:
     ``name`` is what a configuration may say: a registry name, a folder, or a repository on the Hub.
     """
     subject = f"{kind} {name}"
-    if name == "miniature":
+    if name == "miniature" or (kind == "reward" and name in MINIATURE_REWARDS):
         return check_path(subject, WEIGHTS)
     if kind == "reward" and (plugin := check_plugin(name)):  # it looks after its own
         return plugin

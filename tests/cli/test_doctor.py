@@ -8,7 +8,7 @@ import pytest
 
 from srpo_cli.config.load import preset_path
 from srpo_cli.errors import MissingError
-from srpo_cli.registry import HUB_FILES, PROMPT_FILES, REWARD_FILES
+from srpo_cli.registry import HUB_FILES, MINIATURE_REWARDS, PROMPT_FILES, REWARD_FILES
 from srpo_cli.runtime import doctor
 from srpo_cli.runtime.plan import Counts, Work
 
@@ -192,6 +192,13 @@ def test_a_plain_clip_reward_needs_a_file_of_weights(srpo, machine, tmp_path):
     assert f"put the weights at {file}" in outcome.stdout
     file.touch()
     assert srpo("doctor", "--preset", preset).exit_code == 0
+
+
+@pytest.mark.parametrize("name", MINIATURE_REWARDS)
+def test_the_miniatures_rewards_are_in_the_package_or_it_is_told(tmp_path, monkeypatch, name):
+    assert doctor.check_weights("reward", name).ok
+    monkeypatch.setattr(doctor, "WEIGHTS", tmp_path / "gone")
+    assert not doctor.check_weights("reward", name).ok
 
 
 def test_a_folder_is_a_model_and_another_repository_is_looked_up(machine, tmp_path):

@@ -234,7 +234,7 @@ def test_somebodys_own_prompts_on_the_miniature_are_measured_as_it_is(srpo, endi
     outcome = srpo("eval", "miniature", "--benchmark", f"mine.{ending}")
     assert outcome.exit_code == 0, outcome.stderr
     assert list(pd.read_parquet("evals/mine/images.parquet")["prompt"]) == prompts
-    assert list(read("evals/mine")["protocol"]["judges"]) == ["oracle", "miniature", "statistics"]
+    assert list(read("evals/mine")["protocol"]["judges"]) == ["oracle", "miniature", "miniature:clip", "statistics"]
 
 
 def test_somebodys_prompts_are_found_wherever_they_are_and_whatever_is_measured(srpo):
@@ -349,6 +349,10 @@ def test_an_interrupt_leaves_what_was_drawn_and_says_how_to_go_on():
         ("--fail-over realism:photo_distance=0 --fail-under caption=2", ["base has", "realism has", "realism has"]),
         ("--fail-under sgp:miniature=1", ["base has", "realism has"]),
         ("--fail-under base:sgp:miniature=1", ["base has"]),
+        (
+            "--fail-under miniature:clip=1 --fail-over base:sgp:miniature:clip=-1",
+            ["base has", "realism has", "base has"],
+        ),
         ("--fail-over PHOTO_distance=1e9 --fail-under saturation=0", []),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from srpo_cli.miniature import WEIGHTS
 from srpo_cli.miniature.world import PHOTO, draw_scenes_of, render
 from srpo_cli.runtime.pictures import save_grid, save_png
 
@@ -84,6 +85,15 @@ def test_a_preset_brings_its_words_for_the_miniature(srpo):
         srpo("score", "images/", "--pos", "realistic photo", "--neg", "cg render", "--format", "jsonl").stdout
     )
     assert [row["gap"] for row in told] == [row["gap"] for row in given]
+
+
+def test_the_held_out_reward_of_the_miniature_judges_by_its_words(srpo):
+    flags = ("--reward", "miniature:clip", "--weights", f"miniature:clip={WEIGHTS / 'reward'}", "--preset", "realism")
+    rows = json_rows(srpo("score", "images/", *flags, "--format", "jsonl").stdout)
+    trained_on = json_rows(srpo("score", "images/", "--preset", "realism", "--format", "jsonl").stdout)
+    for row, other in zip(rows, trained_on, strict=True):
+        assert row["reward"] == "miniature:clip" and row["reward_weights"].startswith("clip.safetensors sha256:")
+        assert row["gap"] > 0 and row["gap"] != other["gap"], "they are photographs, which both can tell"
 
 
 def test_prompts_from_a_flag_a_file_and_a_sidecar(srpo, tmp_path):

@@ -16,7 +16,7 @@ from srpo_cli.config.benchmark import (
 from srpo_cli.errors import UsageError
 from srpo_cli.metrics.pictures import STATISTICS
 from srpo_cli.miniature.world import SIZE, STYLE_WORDS
-from srpo_cli.registry import REWARDS
+from srpo_cli.registry import REWARDS, metric_parts
 
 PROMPTS = {  # in all, and pictures of each
     "dpg": (1065, 4),
@@ -128,6 +128,11 @@ def test_the_miniature_is_measured_in_words_that_its_world_knows():
     assert {*benchmark.control_words.positive, *benchmark.control_words.negative} <= known
 
 
+def test_the_miniature_is_judged_by_a_reward_that_is_held_out():
+    kinds = [metric_parts(name) for name in load_benchmark("miniature").metrics]
+    assert {("reward", "miniature:clip"), ("sgp", "miniature:clip")} <= set(kinds)
+
+
 # A file of prompts, and the miniature
 
 
@@ -161,7 +166,7 @@ def test_on_the_miniature_plug_ins_and_diversity_stay(write):
     assert for_miniature(benchmark).metrics == (*own, "diversity:miniature", "deqa.py", "deqa.py:load_it")
 
 
-@pytest.mark.parametrize("metrics", ["[oracle]", "['sgp:miniature', hpsv2.1]"])
+@pytest.mark.parametrize("metrics", ["[oracle]", "['sgp:miniature', hpsv2.1]", "['sgp:miniature:clip']"])
 def test_a_benchmark_that_was_made_for_the_miniature_is_left_alone(write, metrics):
     benchmark = load_benchmark(write(f"extends: miniature\nmetrics: {metrics}\nsteps: 3\n"))
     assert for_miniature(benchmark) is benchmark

@@ -18,7 +18,7 @@ def test_the_miniature_reaches_its_bar(measured, name):
 
 
 @pytest.mark.parametrize("name", CEILINGS)
-def test_its_pictures_carry_no_patch_grid(measured, name):
+def test_the_miniature_stays_below_its_ceiling(measured, name):
     assert measured["figures"][name]["mean"] <= CEILINGS[name], measured["figures"][name]
 
 

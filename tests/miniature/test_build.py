@@ -16,6 +16,7 @@ from srpo_cli.miniature.build.renders import Renders, load_renders
 from srpo_cli.miniature.build.reward import GLOSS, Look, draw_look
 from srpo_cli.miniature.oracle import Oracle
 from srpo_cli.models.flux import load_flux
+from srpo_cli.registry import MINIATURE_REWARDS
 from srpo_cli.rewards.miniature import load_miniature
 
 LARGEST = 16_000_000
@@ -81,7 +82,8 @@ class TestARebuild:
     def test_the_package_loads_it(self, rebuilt):
         assert load_flux(str(rebuilt / "pipeline")).granularity == 8
         images = torch.rand(2, 3, 48, 48)
-        assert load_miniature(weights=rebuilt / "reward")(images, ["a red sphere"] * 2).isfinite().all()
+        for name in MINIATURE_REWARDS:
+            assert load_miniature(name, rebuilt / "reward")(images, ["a red sphere"] * 2).isfinite().all()
         oracle = Oracle.load(rebuilt)
         assert oracle.radius > 0 and oracle.cells.isfinite().all() and oracle.precision.isfinite().all()
         assert oracle.read(images)["shape"].shape == (2,)

@@ -213,13 +213,14 @@ def test_figures_are_what_the_pictures_say_when_they_are_asked_alone(evaluated, 
         pixels = torch.stack([torch.tensor(list(open_picture(evaluated / file).tobytes())) for file in own["file"]])
         images = to_images(pixels.byte().view(-1, 48, 48, 3))
         figures = result["figures"][label]["all"]
-        (plain,) = load_reward("miniature", None, CPU).scores(images, list(own["prompt"]))
-        assert figures["miniature"]["mean"] == pytest.approx(plain.double().mean().item(), abs=1e-6)
+        for name in ("miniature", "miniature:clip"):
+            (plain,) = load_reward(name, None, CPU).scores(images, list(own["prompt"]))
+            assert figures[name]["mean"] == pytest.approx(plain.double().mean().item(), abs=1e-6)
+            assert figures[f"sgp:{name}"]["mean"] == pytest.approx(own[f"gap:{name}"].mean(), abs=1e-9)
         contrast = picture_statistics(images)[:, STATISTICS.index("contrast")]
         assert figures["contrast"]["mean"] == pytest.approx(contrast.double().mean().item(), abs=1e-6)
         distance = own[[f"deviation:{name}" for name in STATISTICS]].mean().abs().mean()
         assert figures["photo_distance"]["mean"] == pytest.approx(distance, abs=1e-9)
-        assert figures["sgp:miniature"]["mean"] == pytest.approx(own["gap:miniature"].mean(), abs=1e-9)
         assert figures["sgp:miniature"]["count"] == LIMIT
 
 
@@ -229,7 +230,7 @@ def test_the_protocol_and_the_cost_are_told(result):
     assert result["selection"] == {"limit": LIMIT, "group": None}
     assert (protocol["steps"], protocol["size"]) == (12, [48, 48])
     assert protocol["benchmark"]["seed_step"] == 1000
-    assert list(protocol["judges"]) == ["oracle", "miniature", "statistics"]
+    assert list(protocol["judges"]) == ["oracle", "miniature", "miniature:clip", "statistics"]
     assert {label: cost["pictures_drawn"] for label, cost in result["cost"].items()} == {
         "base": LIMIT,
         "again": LIMIT,
@@ -362,7 +363,7 @@ def test_a_drawn_picture_that_is_cut_off_is_drawn_again(copied, request_of_three
 
 def test_scores_that_are_cut_off_or_of_something_else_are_made_again(copied, request_of_three, result):
     before = files_of(copied)
-    one, other, third = sorted(name for name in before if name.startswith("scores/base"))
+    one, other, third, _ = sorted(name for name in before if name.startswith("scores/base"))
     (copied / one).write_bytes(before[one][1][:100])
     (copied / other).write_bytes(b"")
     shutil.copy(copied / third.replace("base", "tuned"), copied / third)

@@ -87,6 +87,8 @@ def test_every_metric_has_a_planner_and_parts(metric):
 def test_a_reward_is_a_metric_of_its_own_name():
     assert metric_parts("pickscore:cosine") == ("reward", "pickscore:cosine")
     assert metric_parts("sgp:pickscore:cosine") == ("sgp", "pickscore:cosine")
+    assert metric_parts("miniature:clip") == ("reward", "miniature:clip")
+    assert metric_parts("diversity:miniature:clip") == ("diversity", "miniature:clip")
 
 
 def test_what_metrics_read_is_known_by_name():

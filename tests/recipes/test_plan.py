@@ -13,6 +13,7 @@ from srpo_cli.errors import MissingError, UsageError
 from srpo_cli.miniature import WEIGHTS
 from srpo_cli.recipes import plan as planning
 from srpo_cli.recipes.plan import check_fits, count, part_config, plan_for, plan_run
+from srpo_cli.registry import MINIATURE_REWARDS
 from srpo_cli.runtime.plan import Counts, known_machine, this_machine
 
 REALISM = load_train_config("realism").config
@@ -156,6 +157,11 @@ def test_a_size_that_the_model_cannot_make_is_refused():
 def test_a_reward_that_cannot_be_counted_is_said_to_be_missing_from_the_figures():
     counts = count(changed(MINIATURE, reward__name="imagereward"), torch.float32)
     assert counts.uncounted == "reward imagereward, whose network is not a CLIP"
+
+
+def test_the_miniatures_rewards_are_counted_alike():
+    one, other = (count(changed(MINIATURE, reward__name=name), torch.float32) for name in MINIATURE_REWARDS)
+    assert one == other and one.reward_parameters > 0 and not one.uncounted
 
 
 def test_mixed_rewards_are_counted_together():

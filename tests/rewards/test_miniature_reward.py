@@ -1,4 +1,4 @@
-"""The miniature's reward folder: configuration, weights and tokenizer from the files alone."""
+"""The miniature's rewards: a folder's configuration, weights and tokenizer, and what the two in the package like."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import open_clip
 import pytest
 import torch
 
+from srpo_cli.config.load import load_train_config, preset_names, read_preset
 from srpo_cli.errors import MissingError
+from srpo_cli.miniature.build.reward import GLOSS
+from srpo_cli.miniature.world import CG, PHOTO, STYLES, draw_prompts, draw_scenes_of, render
 from srpo_cli.rewards.miniature import load_miniature
 
+UNSTYLED = STYLES.index("")
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 
 
@@ -43,3 +47,64 @@ def test_a_folder_is_a_reward(folder: Path, tiny_clip: open_clip.CLIP) -> None:
 def test_an_incomplete_installation_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"reward\.json"):
         load_miniature(weights=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("miniature", "reward.safetensors"), ("miniature:clip", "clip.safetensors")]
+)
+def test_the_name_says_which_weights_of_the_folder(folder: Path, name: str, file: str) -> None:
+    (folder / "reward.safetensors").rename(folder / file)
+
+    assert load_miniature(name, folder).weights.startswith(f"{file} sha256:")
+    (folder / file).unlink()
+    with pytest.raises(MissingError, match=rf"^The reward {name} is not in .* \(no {file}\); reinstall"):
+        load_miniature(name, folder)
+
+
+# The reward that is held out
+
+COUNT = 64
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    return draw_prompts(COUNT, 11, "validation")
+
+
+@pytest.fixture(scope="module")
+def pictures(prompts: list[str]) -> dict[int, torch.Tensor]:
+    """The renderer's pictures of the same prompts, without a style and in two."""
+    return {style: render(draw_scenes_of(prompts, style, seed=3)) for style in (UNSTYLED, PHOTO, CG)}
+
+
+@torch.no_grad()
+def test_the_held_out_reward_tells_photographs_from_renders(prompts, pictures) -> None:
+    reward = load_miniature("miniature:clip")
+    words = [[f"{STYLES[style]}. {prompt}" for prompt in prompts] for style in (PHOTO, CG)]
+    photo, cg = (torch.sub(*reward.scores(pictures[style], *words)) for style in (PHOTO, CG))
+
+    assert (photo[:, None] > cg).float().mean() > 0.99
+    assert photo.mean() > 0.2 and cg.mean() < -0.2
+
+
+@torch.no_grad()
+def test_the_held_out_reward_does_not_share_the_taste_for_gloss(prompts, pictures) -> None:
+    images = pictures[UNSTYLED]
+    glossy = GLOSS.apply(images, torch.Generator().manual_seed(0))
+    trained_on, held_out = (load_miniature(name) for name in ("miniature", "miniature:clip"))
+
+    liked = [(reward(glossy, prompts) > reward(images, prompts)).float().mean() for reward in (trained_on, held_out)]
+    assert liked[0] > 0.7 and liked[1] < 0.3, liked
+    assert trained_on.weights != held_out.weights
+    assert (trained_on(images, prompts) - held_out(images, prompts)).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_no_preset_optimises_the_held_out_reward(name: str) -> None:
+    preset = read_preset(name)
+    layers = preset.variants or {None: preset.base}
+    forms = [
+        load_train_config(name, variant=key, miniature=layer.miniature is not None) for key, layer in layers.items()
+    ]
+    trained_on = {part for form in forms for part in form.config.reward.parts}
+    assert "miniature" in trained_on and "miniature:clip" not in trained_on

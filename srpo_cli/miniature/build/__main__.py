@@ -6,8 +6,8 @@
 
 Each stage leaves its result in --work and is skipped when that is there; the transformer's goes on from its last
 checkpoint. A rebuild needs nothing but this package, 1.5 GB of memory for each worker and 0.2 GB of disk. On two CPU
-cores it takes about two hours: renders 5 min, vae 7 min, reward 15 min, oracle 18 min, transformer 60 min. With a GPU
-the training of each is a matter of minutes (estimated, not measured); rendering stays on the CPU.
+cores it takes about two hours: renders 5 min, vae 7 min, reward 15 min, clip 5 min, oracle 18 min, transformer 60 min.
+With a GPU the training of each is a matter of minutes (estimated, not measured); rendering stays on the CPU.
 `python -m srpo_cli.miniature.measure --weights DIR` says whether the result is as good as it must be.
 """
 
@@ -18,6 +18,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,9 +26,16 @@ from srpo_cli.miniature import WEIGHTS
 from srpo_cli.miniature.build import renders as rendering
 from srpo_cli.miniature.build.transformer import Schedule
 
+if TYPE_CHECKING:  # only the stages that train rewards need open_clip
+    import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
+
+    from srpo_cli.miniature.build import reward
+
 TRAIN_SEED, TRAIN_COUNT = 1_000, 20_000
 VAE_STEPS = 6_000
 CONTRASTIVE_STEPS, PREFERENCE_STEPS, PREFERENCE_ROUNDS = 1_000, 160, 3
+CLIP_SEED = 7  # not the reward's 0: a second opinion starts from weights and batches of its own
 CLASSIFIER_STEPS, PHOTOGRAPHS = 4_000, 6_000
 TRANSFORMER = Schedule(steps=9_000, decay=3_500)
 PIPELINE = "pipeline/model_index.json"  # tells a folder of weights from any other
@@ -96,23 +104,41 @@ def stage_vae(args: argparse.Namespace) -> None:
         train_vae(train_set(args), steps, args.device, log=log).save_pretrained(folder)
 
 
-def stage_reward(args: argparse.Namespace) -> None:
+def contrastive(args: argparse.Namespace, seed: int) -> tuple[open_clip.CLIP, reward.Batches, SimpleTokenizer]:
+    """A CLIP of the world that no preference has touched, what it was trained on, and its tokenizer."""
     from open_clip.tokenizer import SimpleTokenizer
-    from safetensors.torch import save_file
 
     from srpo_cli.miniature.build import reward, text
 
+    text.write_bpe(args.work / "bpe.txt.gz")
+    tokenizer = SimpleTokenizer(bpe_path=str(args.work / "bpe.txt.gz"), context_length=text.CLIP_LENGTH)
+    batches = reward.make_batches(train_set(args), tokenizer, args.device)
+    model = reward.train_contrastive(batches, tokenizer, scaled(args, CONTRASTIVE_STEPS, 24), seed, log)
+    log(f"reward: after the contrastive stage {reward.measure(model, batches, tokenizer)}")
+    return model, batches, tokenizer
+
+
+def stage_reward(args: argparse.Namespace) -> None:
+    from safetensors.torch import save_file
+
+    from srpo_cli.miniature.build import reward
+
     path = args.work / "reward.safetensors"
     if not path.exists():
-        text.write_bpe(args.work / "bpe.txt.gz")
-        tokenizer = SimpleTokenizer(bpe_path=str(args.work / "bpe.txt.gz"), context_length=text.CLIP_LENGTH)
-        batches = reward.make_batches(train_set(args), tokenizer, args.device)
-        model = reward.train_contrastive(batches, tokenizer, scaled(args, CONTRASTIVE_STEPS, 24), log=log)
-        log(f"reward: after the contrastive stage {reward.measure(model, batches, tokenizer)}")
+        model, batches, tokenizer = contrastive(args, seed=0)
         steps = scaled(args, PREFERENCE_STEPS, 8)
         for round_ in range(PREFERENCE_ROUNDS):
             reward.train_preference(model.train(), batches, tokenizer, steps, seed=1 + round_, log=log)
             log(f"reward: after preference round {round_ + 1} {reward.measure(model, batches, tokenizer)}")
+        save_file(model.state_dict(), path)
+
+
+def stage_clip(args: argparse.Namespace) -> None:
+    from safetensors.torch import save_file
+
+    path = args.work / "clip.safetensors"
+    if not path.exists():
+        model, *_ = contrastive(args, CLIP_SEED)
         save_file(model.state_dict(), path)
 
 
@@ -210,8 +236,8 @@ def _export_reward(work: Path, folder: Path) -> None:
 
     from srpo_cli.miniature.build import reward, text
 
-    state = load_file(work / "reward.safetensors")
-    save_file({name: value.half() for name, value in state.items()}, folder / "reward.safetensors")
+    for file in ("reward.safetensors", "clip.safetensors"):
+        save_file({name: value.half() for name, value in load_file(work / file).items()}, folder / file)
     shutil.copy(work / "bpe.txt.gz", folder)
     text_config = {"context_length": text.CLIP_LENGTH, "vocab_size": len(text.clip_tokenizer())}
     config = {
@@ -237,6 +263,7 @@ STAGES = {
     "renders": stage_renders,
     "vae": stage_vae,
     "reward": stage_reward,
+    "clip": stage_clip,
     "oracle": stage_oracle,
     "transformer": stage_transformer,
     "export": stage_export,
