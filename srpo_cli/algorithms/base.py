@@ -93,6 +93,11 @@ class ControlWords:
         """Each prompt with ``word`` put to it."""
         return [self.template.format(word=word, prompt=prompt) for prompt in prompts]
 
+    def asked(self, prompts: Sequence[str]) -> list[str]:
+        """Each prompt with a positive word put to it, taken in turn: what to ask a model for to see the word."""
+        words = [self.positive[i % len(self.positive)] for i in range(len(prompts))]
+        return [text for word, prompt in zip(words, prompts, strict=True) for text in self.texts(word, [prompt])]
+
     @property
     def all(self) -> tuple[str, ...]:
         """Every word, the positive ones first."""

@@ -613,6 +613,31 @@ class CheckpointConfig(Section):
     keep: Whole = Field(2, ge=1, description="checkpoints that are kept, the newest ones")
 
 
+class GuardConfig(Section):
+    """What watches a run for reward hacking, by pictures and rewards that are not optimised."""
+
+    action: Literal["stop", "warn", "off"] = Field(
+        "stop", description="what happens when a run collapses: it ends, or it is only told"
+    )
+    share: Number = Field(
+        0.05, gt=0, le=1, description="part of the run's planned work that the guard may add; a run too short has none"
+    )
+    alpha: Number = Field(
+        0.05, gt=0, lt=1, description="probability of a false warning in a run in which nothing is trained"
+    )
+    reach: Number = Field(
+        1.25,
+        ge=1,
+        description="how far it is right to go: 1 is where the base model's pictures are when it is asked for the "
+        "positive word, 0 where they are when it is not",
+    )
+    rewards: Auto | tuple[Words, ...] = Field(
+        "auto",
+        description="rewards to watch that are not optimised, such as [pickscore]; auto: the miniature's second one "
+        "on the miniature, none elsewhere, because each takes memory",
+    )
+
+
 class TrainConfig(Section):
     """Everything that decides what a training run does."""
 
@@ -631,6 +656,16 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+
+    @model_validator(mode="after")
+    def _nothing_watched_is_trained(self) -> TrainConfig:
+        for name in self.guard.rewards if self.guard.rewards != "auto" else ():
+            if name in self.reward.parts:
+                raise ValueError(
+                    f"guard.rewards names {name}, which reward.name or reward.others optimises: watch another one"
+                )
+        return self
 
     @model_validator(mode="after")
     def _the_method_can_run(self) -> TrainConfig:

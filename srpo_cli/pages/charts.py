@@ -47,6 +47,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Event:
+    """What happened at ``x``; ``kind`` is "best" or "worse"."""
+
+    x: float
+    kind: str
+    title: str
+
+
+@dataclass(frozen=True)
 class Axis:
     """A linear scale from values to pixels; its ``ticks`` are round numbers."""
 
@@ -151,13 +160,24 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[int]]], names: Sequence[str]
     return _svg(parts, 8 + pitch * len(rows) - (pitch - bar), _aloud(title, all_told))
 
 
-def curve(lines: Sequence[Line], title: str, x_title: str, y_title: str) -> Markup:
-    """Lines over a common axis, with bands where they have them, and a legend of names below. Gaps stay gaps."""
+def curve(
+    lines: Sequence[Line],
+    title: str,
+    x_title: str,
+    y_title: str,
+    corridor: tuple[float, float] | None = None,
+    marks: Sequence[Event] = (),
+) -> Markup:
+    """Lines over a common axis, with bands where they have them, and a legend of names below. Gaps stay gaps.
+
+    ``corridor`` shades the values between its two ends over the whole width, ``marks`` are upright lines.
+    """
     height = 180
     values = [v for line in lines for of_line in (line.y, line.low or (), line.high or ()) for v in of_line]
-    x_axis = axis_of([x for line in lines for x in line.x], 44, WIDTH - 8, 5)
-    y_axis = axis_of(values, height, 18, 4)
-    parts = [_x_axis(x_axis, height)]
+    x_axis = axis_of([*(x for line in lines for x in line.x), *(mark.x for mark in marks)], 44, WIDTH - 8, 5)
+    y_axis = axis_of([*values, *(corridor or ())], height, 18, 4)
+    parts = [_corridor(corridor, y_axis)] if corridor else []
+    parts += [_x_axis(x_axis, height), *(_event(mark, x_axis.at(mark.x), height) for mark in marks)]
     for tick in y_axis.ticks:
         y = y_axis.at(tick)
         parts.append(_line("grid", 44, y, WIDTH - 8, y))
@@ -229,6 +249,16 @@ def _curve_line(line: Line, series: int, x_axis: Axis, y_axis: Axis) -> list[str
     dash = f' stroke-dasharray="{_DASHES[series]}"' if _DASHES[series] else ""
     parts.append(f'<path class="path s{series}" d="{" ".join(path)}"{dash}><title>{_safe(line.name)}</title></path>')
     return parts
+
+
+def _corridor(ends: tuple[float, float], axis: Axis) -> str:
+    bottom, top = (axis.at(end) for end in ends)
+    size = f'width="{WIDTH - 52}" height="{max(bottom - top, 1):.1f}"'
+    return f'<rect class="corridor" x="44" y="{top:.1f}" {size}><title>its corridor</title></rect>'
+
+
+def _event(event: Event, x: float, bottom: float) -> str:
+    return f'<g class="{event.kind}"><title>{_safe(event.title)}</title>{_line("event", x, 14, x, bottom)}</g>'
 
 
 def _x_axis(axis: Axis, bottom: float) -> str:

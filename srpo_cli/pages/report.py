@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from srpo_cli.pages.charts import shape
+from srpo_cli.pages.frame import asset, policy, templates
 from srpo_cli.pages.gallery import Progress, gallery
 from srpo_cli.pages.glossary import DIRECTIONS
 from srpo_cli.pages.results import results_context, sentence
@@ -68,17 +66,10 @@ def render(
     study: Mapping[str, Any] | None,
 ) -> str:
     """The page as text; ``pictures`` as :func:`srpo_cli.pages.gallery.gallery` gives them."""
-    environment = Environment(
-        loader=PackageLoader("srpo_cli.pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )
+    environment = templates()
     environment.filters |= {"sentence": sentence, "figures_apart": _figures_apart}
     environment.globals |= {"shape": shape, "directions": DIRECTIONS}
-    style, page_script, gallery_script = (_asset(environment, name) for name in ("style.css", "page.js", "gallery.js"))
+    style, page_script, gallery_script = (asset(environment, name) for name in ("style.css", "page.js", "gallery.js"))
     context: dict[str, Any] = {"result": result, "study": study, "pictures": _shown(pictures)}
     if result is not None:
         context |= results_context(result, folder)
@@ -92,14 +83,8 @@ def render(
         style=style,
         page_script=page_script,
         gallery_script=gallery_script,
-        policy=_policy(style, page_script, gallery_script),
+        policy=policy(style, page_script, gallery_script),
     )
-
-
-def _asset(environment: Environment, name: str) -> Markup:
-    """A style sheet or script of the package as it is, not as a template."""
-    source, _, _ = environment.loader.get_source(environment, name)
-    return Markup(source)
 
 
 def _figures_apart(text: str) -> Markup:
@@ -107,23 +92,6 @@ def _figures_apart(text: str) -> Markup:
     parts = re.split(r"(\([^()]*\d[^()]*\))", plain(text))
     apart = Markup('<span class="figures">{}</span>')
     return Markup("").join(apart.format(part) if place % 2 else part for place, part in enumerate(parts))
-
-
-def _policy(style: str, *scripts: str) -> str:
-    """A content security policy: nothing but this style, these scripts, and pictures beside the page or in it."""
-    allowed = {
-        "default-src": "'none'",
-        "img-src": "'self' file: data:",
-        "style-src": _hash(style),
-        "script-src": " ".join(map(_hash, scripts)),
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    return "; ".join(f"{kind} {sources}" for kind, sources in allowed.items())
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _shown(pictures: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -65,7 +65,7 @@ class Request:
         form: "lora", "full", "merged" or "extract"; None: what was trained.
         rank: of the LoRA that "extract" makes.
         dtype: of the tensors written; None: float32 for a LoRA, the run's ``model.dtype`` for a transformer.
-        step: whose checkpoint; None: the newest.
+        step: whose checkpoint; None: the best by what the run's guard saw, the newest where there was no guard.
         ema: the moving average where the checkpoint has one.
     """
 
@@ -133,7 +133,8 @@ class Trained:
         except ValueError as error:
             raise SrpoError(f"{path} cannot be read: remove it to export without figures") from error
         measured_the_average = (self.checkpoint.path / EMA).is_dir()
-        same = summary and summary["steps"] == self.checkpoint.step and measured_the_average == self.averaged
+        measured = summary and (summary.get("best_step") or summary["steps"])
+        same = measured == self.checkpoint.step and measured_the_average == self.averaged
         return summary if same else None
 
     def headers(self, base: Base, form: str) -> dict[str, str]:
@@ -180,10 +181,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _checkpoint(run: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of a run after ``step``, by default the newest."""
-    checkpoints = {one.step: one for one in list_checkpoints(run / "checkpoints") or [find_checkpoint(run)]}
+    """The checkpoint of a run after ``step``, by default its best."""
     if step is None:
-        step = max(checkpoints)
+        return find_checkpoint(run)
+    checkpoints = {one.step: one for one in list_checkpoints(run / "checkpoints") or [find_checkpoint(run)]}
     if step not in checkpoints:
         there = ", ".join(map(str, checkpoints))
         raise UsageError(f"{run} holds no checkpoint of step {step}: --checkpoint can be {there}")

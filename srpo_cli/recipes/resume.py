@@ -7,7 +7,7 @@ from typing import Any
 
 from srpo_cli.config.schema import TrainConfig
 from srpo_cli.errors import UsageError
-from srpo_cli.runtime.checkpoints import Checkpoint, find_checkpoint, list_checkpoints
+from srpo_cli.runtime.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint
 from srpo_cli.runtime.distributed import Ranks
 from srpo_cli.runtime.folder import RunFolder, config_digest, environment
 
@@ -48,7 +48,7 @@ def resume_from(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Resumed
         )
     if not list_checkpoints(folder.checkpoints):
         return Resumed(None, batch)
-    checkpoint = find_checkpoint(folder.path)
+    checkpoint = newest_checkpoint(folder.path)
     if checkpoint.state().get("config") != digest(config):
         raise UsageError(f"{checkpoint.path} belongs to another configuration than {folder.path}'s: start a new run")
     if config.train.steps < checkpoint.step:

@@ -9,9 +9,10 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -21,15 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srpo_cli.algorithms.base import ControlWords, Rollout
-from srpo_cli.algorithms.grpo import GRPO
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
-from srpo_cli.core.sampling import euler_path, euler_sample
 from srpo_cli.core.target import Target
 from srpo_cli.errors import SrpoError, UsageError
-from srpo_cli.models.flux import Conditioning, Sampler
+from srpo_cli.metrics.guard import Place
 from srpo_cli.models.quantised import check_float8_rollouts
+from srpo_cli.pages.training import write_training_report
+from srpo_cli.recipes.drawing import Drawing
 from srpo_cli.recipes.encodings import EncodedPictures, EncodedPrompts, cache_folder
+from srpo_cli.recipes.figures import GAP
+from srpo_cli.recipes.guard import CALIBRATION, PANEL_PROMPTS, make_guard
+from srpo_cli.recipes.guard import Plan as GuardPlan
 from srpo_cli.recipes.parts import (
     Parts,
     Prompts,
@@ -52,6 +56,8 @@ from srpo_cli.runtime.checkpoints import (
     ROLLOUTS,
     TRANSFORMER,
     Checkpoint,
+    link_best,
+    list_checkpoints,
     save_checkpoint,
     save_masters,
 )
@@ -67,7 +73,7 @@ from srpo_cli.runtime.signals import StopRequest, stop_on_signals
 
 __all__ = ["BEFORE_AFTER", "Outcome", "Run", "resume_command", "train"]
 
-_CALIBRATION = 64  # pictures that each side of the automatic target is measured on
+_FIGURE = "guard/"  # before the names of the guard's figures, while they travel with a step's other means
 _KEPT = ("adam", "gradients", "batch_branches")  # what a memory plan settles and the last bits depend on
 
 
@@ -172,6 +178,7 @@ class Run:
         if self.plan.memory_gib:
             room = self.plan.machine.memory / GIB
             say(f"memory plan: {self.plan.name}, {self.plan.total_gib:.1f} of {room:.1f} GiB ({self.plan.why})")
+        self.guard_plan = GuardPlan.of(config, self.batch, ranks.size)
         self.prompts = self._load_prompts(announce)
         if len(self.prompts.held_out) < config.evaluation.prompts:
             asked = config.evaluation.prompts
@@ -209,17 +216,31 @@ class Run:
         with ranks.together():  # all have their files before any waits for the others
             self.parts = self._make_parts(checkpoint, announce)
         self.model, self.algorithm = self.parts.model, self.parts.algorithm
-        self.policy = self.algorithm if isinstance(self.algorithm, GRPO) else None
         self.encoded = self._encode_pictures()
         prepare_model(self.model, config, self.settings, self.device)
         self.data = self._data()
         self.trained = hold(self.parts.loaded, config, self.settings, ranks)
+        self.drawing = Drawing(self.parts, config, self.trained)
+        self.policy = self.drawing.policy
         self.model.use_attention(config.model.attention)
         self.average = self._make_average()
         self.report = Report(self.parts, config, self.prompts.held_out, self.folder)
+        with ranks.together():
+            self.guard = make_guard(
+                config,
+                self.guard_plan,
+                self.parts,
+                self._judged(),
+                self._panel,
+                self.batch,
+                self.folder,
+                ranks,
+                self.say,
+                announce,
+            )
         self.ledger = Ledger()
         self.target: Target | None = None
-        self.step, self.stopped, self._updated = 0, False, False
+        self.step, self.stopped_by, self._updated = 0, "", False
         self._stop, self._may_be_asked = StopRequest(), True
         self.rollouts: list[Rollout] = []
         self.gaps: list[Tensor] = []
@@ -241,7 +262,8 @@ class Run:
             source = source.model_copy(update={"source": str(self.folder.prompts)})
 
         def load() -> Prompts:
-            held_out = max(config.evaluation.prompts, config.samples.count)
+            watched = PANEL_PROMPTS if self.guard_plan.calibration else 0
+            held_out = max(config.evaluation.prompts, config.samples.count, watched)
             split = config.evaluation.split
             return load_prompts(source, config.model.name, held_out, split, self.seed, announce)
 
@@ -282,10 +304,12 @@ class Run:
         """Every prompt that the model is asked for, some of them several times."""
         yield from self._trained_on()
         yield from self.prompts.held_out
-        if self.config.algorithm.target is not None:
-            prompts = self._calibration_prompts()
-            yield from prompts
-            yield from self._asked(prompts)
+        prompts = self._calibration_prompts()
+        yield from prompts
+        if self._asks:
+            words = ControlWords(**self.config.control_words.model_dump())
+            yield from words.asked(prompts)
+            yield from words.asked(self._panel)
 
     def _trained_on(self) -> Iterator[str]:
         for number in range(self.config.train.steps * self.batch):
@@ -303,8 +327,17 @@ class Run:
     def _texts(self) -> list[str]:
         """Every text that the reward is asked for in training."""
         words = self.algorithm.control_words
-        prompts = list(dict.fromkeys([*self._trained_on(), *self._calibration_prompts()]))
+        prompts = self._judged()
         return [*prompts, *(text for word in words.all for text in words.texts(word, prompts))]
+
+    def _judged(self) -> list[str]:
+        """Every prompt whose pictures the reward is asked about in training."""
+        return list(dict.fromkeys([*self._trained_on(), *self._calibration_prompts(), *self._panel]))
+
+    @property
+    def _panel(self) -> list[str]:
+        """Held-out prompts that the guard looks at again and again."""
+        return self.prompts.held_out[:PANEL_PROMPTS] if self.guard_plan.calibration else []
 
     def _encode_pictures(self) -> EncodedPictures | None:
         if not self.pictures:
@@ -342,12 +375,12 @@ class Run:
         check_layout(checkpoint, state, self.trained.layout)
         checkpoint.load_optimizer(self.trained.load_optimizer_state)
         if self.average:
-            checkpoint.load_average(self._load_average)
+            checkpoint.load_weights(EMA, self._load_average)
         self.step = checkpoint.step
         self._load_state(state)
         if self._replays:
             self._recall_rollouts(checkpoint)
-        self.stopped = self._met_target()
+        self._note_target()
 
     def _state(self) -> dict[str, Any]:
         """Where the run stands, but for weights and optimizer."""
@@ -375,13 +408,15 @@ class Run:
         if self.step:
             if self.ranks.leads:
                 self.folder.truncate_log(self.step)
+            self.guard.restore(self.step)
+            self._note_guard()
             return
         with self.ranks.together(), self._as_measured():
             if self.ranks.leads:
                 self.folder.truncate_log(0)
                 stop.unless_asked(self._measure_base)
-        measured = self.ranks.from_rank_0((self.target.base, self.target.value) if self.target else None)
-        self.target = Target(*measured) if measured else None
+            # Where ranks share it, none may leave in the middle of it.
+            stop.unless_asked(self._calibrate) if self.ranks.size == 1 else self._calibrate()
 
     @contextmanager
     def _as_measured(self) -> Iterator[None]:
@@ -405,56 +440,68 @@ class Run:
             self.say(f"measuring the base model on {len(prompts)} held-out prompts")
         self.report.evaluate(BASE)
         self.report.sample(self.step)
-        with self.ledger:
-            self.target = self._calibrate()
 
-    def _calibrate(self) -> Target | None:
-        """The target of the semantic gap: given, or measured on the base model with and without the positive word."""
-        wanted = self.config.algorithm.target
-        if wanted is None:
-            return None
+    def _calibrate(self) -> None:
+        """Set target and guard by what the untrained model draws, with and without the positive word."""
+        algorithm = self.config.algorithm
         prompts = self._calibration_prompts()
-        base = self._calibration_gap(prompts, prompts)
+        if not prompts:
+            return
+        with self.ledger if algorithm.target is not None else self.guard.timed(beside=True):
+            base = self._calibration(prompts, prompts)
+            asked = self._calibration(self.algorithm.control_words.asked(prompts), prompts) if self._asks else base[:0]
+        if algorithm.target is not None:
+            drawn = len(base) + (len(asked) if algorithm.target == "auto" else 0)
+            self.ledger.rollouts += drawn
+            self.ledger.forwards += self.config.rollout.steps * drawn
+            self.ledger.reward_calls += drawn
+            self.target = self._make_target(*(rows[:, -1].contiguous().mean().item() for rows in (base, asked)))
+        if self.guard_plan.calibration:
+            with self.guard.timed(beside=True):
+                self.guard.calibrate(base, asked, partial(self.drawing.pictures, purpose="panel"))
+
+    def _make_target(self, base: float, asked: float) -> Target:
+        """The target of the semantic gap: given, or measured."""
+        wanted = self.config.algorithm.target
         if wanted != "auto":
             return Target(base, wanted)
-        positive = self._calibration_gap(self._asked(prompts), prompts)
-        target = Target.from_positive_mode(base, positive, self.config.algorithm.target_reach)
+        target = Target.from_positive_mode(base, asked, self.config.algorithm.target_reach)
         self.say(
-            f"target: semantic gap {base:+.3f} now, {positive:+.3f} when asked for the positive word, "
+            f"target: semantic gap {base:+.3f} now, {asked:+.3f} when asked for the positive word, "
             f"so train to {target.value:+.3f}"
         )
         return target
 
+    @property
+    def _asks(self) -> bool:
+        """Whether the untrained model is asked for the positive word."""
+        return self.config.algorithm.target == "auto" or self.guard_plan.calibration > 0
+
     def _calibration_prompts(self) -> list[str]:
-        return self.prompts.batch(range(_CALIBRATION))
+        count = CALIBRATION if self.config.algorithm.target is not None else self.guard_plan.calibration
+        return self.prompts.batch(range(count))
 
-    def _asked(self, prompts: list[str]) -> list[str]:
-        """The prompts with the positive words put to them, one after the other."""
-        words = ControlWords(**self.config.control_words.model_dump())
-        return [words.texts(words.positive[i % len(words.positive)], [p])[0] for i, p in enumerate(prompts)]
+    def _calibration(self, asked: list[str], prompts: list[str]) -> Tensor:
+        """Figures of pictures that are drawn as rollouts are, for what is ``asked``, and judged by the prompts.
 
-    def _calibration_gap(self, asked: list[str], prompts: list[str]) -> float:
-        """Mean gap of rollouts that are drawn as in training, for what is asked, and judged by the prompts."""
-        size = self.config.model.size
-        noises = [generator(self.seed, "calibration", i) for i in range(len(prompts))]
-        augmentations = [generator(self.seed, "calibration augmentation", i) for i in range(len(prompts))]
-        gaps = []
-        with self._sampling():
-            for part in chunks(len(prompts), self.settings.micro_batch):
-                noise = torch.cat([self.model.noise(1, size, draw) for draw in noises[part]])
-                pictures = self._decode(self._draw(self.model.encode_prompts(asked[part]), noise))
-                gaps.append(self.algorithm.gap(pictures, prompts[part], generator=augmentations[part]))
-        self.ledger.rollouts += len(prompts)
-        self.ledger.forwards += self.config.rollout.steps * len(prompts)
-        self.ledger.reward_calls += len(prompts)
-        return torch.cat(gaps).mean().item()
+        (N, K): the guard's, where there is one, then the gap; on every rank, of which each draws its share.
+        """
+        own, share = list(self.ranks.share(len(prompts))), []
+        for part, pictures in self.drawing.pictures([asked[i] for i in own], own, "calibration"):
+            drawn_for = [prompts[i] for i in own[part]]
+            draws = [generator(self.seed, "calibration augmentation", i) for i in own[part]]
+            columns = [self.algorithm.gap(pictures, drawn_for, generator=draws)[:, None].float()]
+            if self.guard_plan.calibration:
+                columns.insert(0, self.guard.figures.measure(pictures, drawn_for))
+            share.append(torch.cat(columns, 1).cpu())
+        return torch.cat([rows for of_rank in self.ranks.gather(share) for rows in of_rank])
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def loop(self, stop: StopRequest, progress: StepProgress) -> None:
         """Take steps until the last one, the target or a signal; whatever ends them, the completed ones are saved."""
         self._stop = stop
-        while self.step < self.config.train.steps and not self.stopped and not self._asked_to_stop():
+        while self.step < self.config.train.steps and not self.stopped_by and not self._asked_to_stop():
             before = self._remember()
             try:
                 with self.ledger, self._memory():
@@ -469,13 +516,18 @@ class Run:
                         self._save()
                 raise
             self.step += 1
-            self.stopped = self._met_target()
+            self._note_target()
             self._record(record, progress)
         self._save()
 
-    def _met_target(self) -> bool:
-        """Whether the target ends the run here; one that holds it only fades its rate."""
-        return bool(self.target and self.target.reached and self.config.algorithm.at_target == "stop")
+    def _note_target(self) -> None:
+        """End the run at its target; one that holds it only fades its rate."""
+        if self.target and self.target.reached and self.config.algorithm.at_target == "stop":
+            self.stopped_by = "target"
+
+    def _note_guard(self) -> None:
+        if self.guard.stopped:
+            self.stopped_by = "guard"
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal reached any rank; all then stop at the same step, with the same exit code.
@@ -492,10 +544,14 @@ class Run:
     def _record(self, record: dict[str, Any], progress: StepProgress) -> None:
         """Log a completed step, and save, draw and evaluate where it is time to."""
         config = self.config
-        last = self.stopped or self.step == config.train.steps
+        if figures := record.pop("figures"):
+            self.guard.note(self.step - 1, {**figures, GAP: record[GAP]})
         if self.ranks.leads:
             self.folder.log(record)  # before the step is saved: one that cannot be logged is done again
-            progress.update(self.step, {k: record[k] for k in ("reward", "sgp_gap", "photo_distance")}, last)
+        self._consult_guard()
+        last = bool(self.stopped_by) or self.step == config.train.steps
+        if self.ranks.leads:
+            progress.update(self.step, {k: record[k] for k in ("reward", GAP, "photo_distance")}, last)
         if last:
             return
         draw, evaluate = self._is_time(config.samples.every), self._is_time(config.evaluation.every)
@@ -513,6 +569,24 @@ class Run:
             with suppress(Exception):  # what to tell is why it failed
                 self._save()
             raise
+
+    def _consult_guard(self) -> None:
+        """Have the guard check the run where it is time to, and end it if the guard says so."""
+        if not self.guard.is_due(self.step):
+            return
+        if not self.guard.wants_panel(self.step):
+            self.guard.check(self.step)
+        else:
+            if not self._saves_alone:
+                self._save()
+            try:
+                with self.ranks.together(), self._as_measured():
+                    self.guard.check(self.step, partial(self.drawing.pictures, purpose="panel"))
+            except Exception:
+                with suppress(Exception):  # what to tell is why it failed
+                    self._save()
+                raise
+        self._note_guard()
 
     @property
     def _saves_alone(self) -> bool:
@@ -553,7 +627,7 @@ class Run:
         measured: dict[str, Tensor] = {}
         distance = None
         if self.step % (self._replays + 1) == 0 or not self.rollouts:
-            with self._sampling():
+            with self.drawing.sampling():
                 self.rollouts = [self._roll_out(numbers) for numbers in self._micro_batches()]
             measured, distance = self._measure()
         record = self._descend(measured, distance)
@@ -579,10 +653,11 @@ class Run:
         prompts = self._prompts_of(numbers)
         conditioning, noise = self.model.encode_prompts(prompts), self._rollout_noise(numbers)
         size = self.config.model.size
+        draws = self._generators("policy", numbers)
         if self.algorithm.keeps_path:
-            sigmas, path = self._draw_path(conditioning, noise, numbers)
+            sigmas, path = self.drawing.path(conditioning, noise, draws)
             return Rollout(path[-1], noise, prompts, conditioning, size, sigmas, path)
-        x_0 = self.encoded.batch(numbers) if self.encoded else self._draw(conditioning, noise)
+        x_0 = self.encoded.batch(numbers) if self.encoded else self.drawing.latents(conditioning, noise, draws)
         return Rollout(x_0, noise, prompts, conditioning, size)
 
     def _rollout_noise(self, numbers: list[int]) -> Tensor:
@@ -594,55 +669,18 @@ class Run:
         draws = [generator(self.seed, "rollout", number // group) for number in numbers]
         return torch.cat([self.model.noise(1, size, draw) for draw in draws])
 
-    @contextmanager
-    def _sampling(self) -> Iterator[None]:
-        """The model as rollouts are sampled from it; in float8 its weights are rounded here, once for all of them."""
-        if self.config.rollout.dtype != "float8":
-            yield
-            return
-        self.trained.gather()
-        with self.model.float8_rollouts():
-            yield
-
-    def _draw_path(self, conditioning: Conditioning, noise: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """The sampler's levels and the latents at each of them; a policy's sampler draws noise in every step."""
-        config, size = self.config.rollout, self.config.model.size
-        sigmas = self.model.sigmas(config.steps, size, config.shift)
-        if self.policy is None:
-            return sigmas, self._draw(conditioning, noise, euler_path)
-        with self.parts.arithmetic():
-            draws = self._generators("policy", numbers)
-            return sigmas, self.policy.sample(conditioning, noise.to(self.device), size, sigmas, draws)
-
-    def _draw(self, conditioning: Conditioning, noise: Tensor, sampler: Sampler = euler_sample) -> Tensor:
-        """Sample clean latents, or what else ``sampler`` keeps, as rollouts are sampled."""
-        config = self.config.rollout
-        with self.parts.arithmetic():
-            return self.model.sample(
-                conditioning,
-                noise,
-                self.config.model.size,
-                config.steps,
-                config.guidance,
-                config.shift,
-                truncate_time=self.config.algorithm.schedule == "reference",
-                sampler=sampler,
-            )
-
-    @torch.no_grad()
-    def _decode(self, x_0: Tensor) -> Tensor:
-        return self.model.decode(x_0, self.config.model.size)
-
     @torch.no_grad()
     def _measure(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """Reward and gap of the fresh rollouts' own pictures as this rank's share of their means; photo distance."""
-        pictures = [self._decode(rollout.x_0) for rollout in self.rollouts]
-        self.gaps, rewards = [], []
+        pictures = [self.drawing.decode(rollout.x_0) for rollout in self.rollouts]
+        self.gaps, rewards, figures = [], [], []
         for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
             draws = self._generators("gap augmentation", numbers)
             reward, gap = self.algorithm.measure(images, rollout.prompts, generator=draws)
             rewards.append(reward)
             self.gaps.append(gap)
+            if self.guard.watch and not self.encoded:
+                figures.append(self.guard.measure(images, rollout.prompts))
         self.ledger.rollouts += self.batch
         self.ledger.reward_calls += 2 * self.batch
         if not self.encoded:
@@ -652,7 +690,11 @@ class Run:
         prompts = [prompt for rollout in self.rollouts for prompt in rollout.prompts]
         distance = self.report.evaluator.live_distance(torch.cat(pictures), prompts, self.ranks)
         share = self.ranks.size / self.batch
-        return {"reward": torch.cat(rewards).sum() * share, "sgp_gap": torch.cat(self.gaps).sum() * share}, distance
+        measured = {"reward": torch.cat(rewards).sum() * share, GAP: torch.cat(self.gaps).sum() * share}
+        if figures:
+            sums = torch.cat(figures).sum(0) * share
+            measured |= {_FIGURE + name: total for name, total in zip(self.guard.figures.names, sums, strict=True)}
+        return measured, distance
 
     def _compare(self, pictures: list[Tensor]) -> None:
         """Judge the fresh rollouts' pictures by what is trained, and tell each how it stands in its group."""
@@ -691,7 +733,7 @@ class Run:
         draws = self._lots(config.pairs)
         augmentations = [self._generators("augmentation", part) for part in self._micro_batches()]
         per_update = 1 if config.update == "pair" else config.pairs
-        record: dict[str, Any] = dict.fromkeys(("reward", "sgp_gap", "photo_distance"))
+        record: dict[str, Any] = dict.fromkeys(("reward", GAP, "photo_distance"))
         losses, norms = [], []
         for part in chunks(config.pairs, per_update):
             accumulated = self._accumulate([pairs[part] for pairs in draws], augmentations)
@@ -702,7 +744,8 @@ class Run:
             record |= told
             measured, distance = {}, None
         mean = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
-        return {**record, **mean, "lr": self.trained.optimizer.param_groups[0]["lr"]}
+        figures = {key.removeprefix(_FIGURE): record.pop(key) for key in list(record) if key.startswith(_FIGURE)}
+        return {**record, **mean, "lr": self.trained.optimizer.param_groups[0]["lr"], "figures": figures}
 
     def _accumulate(
         self, draws: list[list[list[Any]]], augmentations: list[list[torch.Generator]]
@@ -761,8 +804,8 @@ class Run:
         self._may_be_asked |= told.pop("asked", 0.0) > 0
         if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
             raise self._not_finite(told["loss"], told["grad_norm"])
-        if self.target and "sgp_gap" in told:
-            self.target.update(told["sgp_gap"])
+        if self.target and GAP in told:
+            self.target.update(told[GAP])
         warm = min(1.0, (self.ledger.updates + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         self._updated = True
         self.trained.step(options.lr * warm * (self.target.lr_scale if self.target else 1.0))
@@ -790,11 +833,27 @@ class Run:
             settled = {key: getattr(self.settings, key) for key in _KEPT}
             state = {"config": digest(self.config), "layout": self.trained.layout, "settled": settled}
             state |= self.data | self._state()
+            best = self._rank_checkpoints()
+            self.guard.write(self._seconds)  # a run that goes on from the checkpoint needs it
             keep = self.config.checkpoint.keep
-            save_checkpoint(self.folder.checkpoints, self.step, self._write, state, keep)
+            save_checkpoint(self.folder.checkpoints, self.step, self._write, state, keep, best and best.step)
+            self._rank_checkpoints()
         else:
             self._write(None)
         self.saved = self.step
+
+    def _rank_checkpoints(self, ended: bool = False) -> Place | None:
+        """Where the checkpoints are by what the guard has seen; ``best`` links to the best of them."""
+        checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(self.folder.checkpoints)}
+        best = self.guard.rank(list(checkpoints), ended)
+        if self.guard.watch:
+            link_best(self.folder.path, checkpoints[best.step] if best else None)
+        return best
+
+    @property
+    def _seconds(self) -> float:
+        """What the run took so far, but for measuring and drawing what it shows of itself."""
+        return self.ledger.seconds + self.guard.seconds_beside
 
     def _write(self, folder: Path | None) -> None:
         """Weights, averages, optimizer and rollouts to be replayed; a rank without a folder only gives its part."""
@@ -822,7 +881,7 @@ class Run:
 
     def _load_average(self, tensors: dict[str, Tensor]) -> None:
         """Go on averaging from the weights that ``ema/`` holds, by their names in the file."""
-        found = [tensors[re.sub(r"(\.lora_[AB])\.\w+\.", r"\1.", name)] for name in self.trained.named]
+        found = _by_name(tensors, self.trained.named)
         self.average.load_state_dict({"averages": self.trained.parts(found)})
 
     def _collect_rollouts(self) -> dict[str, Tensor] | None:
@@ -854,18 +913,45 @@ class Run:
             return stop.unless_asked(self._finish) if self.ranks.leads else None
 
     def _finish(self) -> dict[str, Any]:
+        best = self._rank_checkpoints(ended=True)
+        shown = self._go_back_to(best.step) if best and best.step != self.step else self.step
         if prompts := self.report.evaluator.prompts:
             self.say(f"measuring the tuned model on {len(prompts)} held-out prompts")
         tuned = self.report.evaluate(TUNED)
-        self.report.sample(self.step)
-        self.report.before_after(self.step)
+        self.report.sample(shown)
+        self.report.before_after(shown)
         summary = self.report.summary(
             tuned,
             steps=self.step,
-            stopped_by="target" if self.stopped else "steps",
+            stopped_by=self.stopped_by or "steps",
+            **({"best_step": best and best.step} if self.guard.watch else {}),
             seconds=round(self.ledger.seconds, 1),
             ledger=self.ledger.report(),
             plan=self.plan.name,
         )
         self.folder.write_json(SUMMARY, summary)
+        if self.guard.watch:
+            self.guard.write(self._seconds)
+            write_training_report(self.folder.path, self.guard.to_json(self._seconds))
         return summary
+
+    def _go_back_to(self, step: int) -> int:
+        """Draw the last weights as they are, then put those of an earlier checkpoint in their place; returns ``step``.
+
+        On rank 0 and at the end of a run, whose own weights are saved.
+        """
+        self.report.sample(self.step)
+        self.say(f"the best checkpoint is that of step {step}, of {self.step}")
+        Checkpoint.of(self.folder.checkpoints, step).load_weights(EMA if self.average else TRANSFORMER, self._put_back)
+        return step
+
+    @torch.no_grad()
+    def _put_back(self, tensors: dict[str, Tensor]) -> None:
+        parameters = self.model.named_trainable_parameters()
+        for parameter, value in zip(parameters.values(), _by_name(tensors, parameters), strict=True):
+            parameter.copy_(value)
+
+
+def _by_name(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
+    """The tensors of a file of weights in the order of the model's ``names``, which for a LoRA hold an adapter's."""
+    return [tensors[re.sub(r"(\.lora_[AB])\.\w+\.", r"\1.", name)] for name in names]

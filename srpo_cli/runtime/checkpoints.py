@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.runtime.folder import disk_errors
 
 TRANSFORMER, EMA, OPTIMIZER, ROLLOUTS = "transformer", "ema", "optimizer.pt", "rollouts.safetensors"
+BEST = "best"
+"""A run's link to the checkpoint that its guard found best."""
 _FILE_BYTES = 10 * 10**9
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -80,15 +83,16 @@ class Checkpoint:
         except (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise self._damaged(OPTIMIZER) from error
 
-    def load_average(self, load: Callable[[dict[str, Tensor]], None]) -> None:
-        """Give ``load`` the averaged weights by the transformer's names; SrpoError if they are damaged or not there."""
+    def load_weights(self, kind: str, load: Callable[[dict[str, Tensor]], None]) -> None:
+        """Give ``load`` all weights of ``TRANSFORMER`` or ``EMA`` by the transformer's names; SrpoError if they are
+        damaged or not there."""
         try:
             tensors: dict[str, Tensor] = {}
-            for file in sorted((self.path / EMA).glob("*.safetensors")):
+            for file in sorted((self.path / kind).glob("*.safetensors")):
                 tensors |= {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
             load(tensors)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise self._damaged(EMA) from error
+            raise self._damaged(kind) from error
 
     def rollouts(self, device: torch.device) -> dict[str, Tensor]:
         """The rollouts that are replayed; SrpoError if the file cannot be read."""
@@ -117,8 +121,9 @@ def save_checkpoint(
     write: Callable[[Path], None],
     state: dict[str, Any],
     keep: int,
+    protect: int | None = None,
 ) -> Checkpoint:
-    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep`` and that of step ``protect``.
 
     ``write`` puts the tensors into the folder that it is given.
     """
@@ -148,7 +153,8 @@ def save_checkpoint(
         temporary.replace(path)
         _sync(folder)
         for old in list_checkpoints(folder)[:-keep]:
-            _remove(old.path)
+            if old.step != protect:
+                _remove(old.path)
     return checkpoint
 
 
@@ -205,15 +211,42 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path.rename(path.with_name(f".{path.name}.old.tmp")))
 
 
+def link_best(run: Path, checkpoint: Checkpoint | None) -> None:
+    """Point the symbolic link ``best`` of a run's folder to a checkpoint of it; None: remove it.
+
+    Where there are no symbolic links, nothing points to it.
+    """
+    link = run / BEST
+    if checkpoint is None:
+        link.unlink(missing_ok=True)
+        return
+    temporary = run / f".{BEST}.tmp"
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(checkpoint.path.relative_to(run), target_is_directory=True)
+        temporary.replace(link)
+
+
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The newest checkpoint of a run folder, or the one that ``path`` itself is."""
-    match = _NAME.fullmatch(path.resolve().name)
-    if match and (path / "state.json").is_file():
-        return Checkpoint(path, int(match[1]))
-    checkpoints = list_checkpoints(path / "checkpoints")
+    """The checkpoint that ``path`` is, or that a run is known by: what its ``best`` points to, else the newest."""
+    return _checkpoint_at(path) or _checkpoint_at(path / BEST) or newest_checkpoint(path)
+
+
+def newest_checkpoint(run: Path) -> Checkpoint:
+    """The last checkpoint of a run, which it goes on from; UsageError if there is none."""
+    checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
-        raise UsageError(f"{path} holds no checkpoint: name a run folder or one of its checkpoints/step-* folders")
+        raise UsageError(f"{run} holds no checkpoint: name a run folder or one of its checkpoints/step-* folders")
     return checkpoints[-1]
+
+
+def _checkpoint_at(path: Path) -> Checkpoint | None:
+    """The whole checkpoint that a folder, or a link to one, is."""
+    real = path.resolve()
+    match = _NAME.fullmatch(real.name)
+    if not match or not (real / "state.json").is_file():
+        return None
+    return Checkpoint(real if path.is_symlink() else path, int(match[1]))
 
 
 def _sync(path: Path) -> None:

@@ -26,8 +26,9 @@ SETTINGS = {
     "sampling.steps": 3,
     "checkpoint.every": 2,
     "samples.every": 2,
+    "guard.action": "off",
 }
-"""A run of a second a step; without a target, so that all of its steps are taken."""
+"""A run of a second a step; without target and guard, so that all of its steps are taken."""
 SERVER = """
 import json, os, sys
 import srpo_cli.recipes.train, srpo_cli.rewards.miniature

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
 FULL = "diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 SHORT = {"rollout.steps": 4, "algorithm.pairs": 2, "algorithm.target": "null", "train.batch_size": 2}
-SHORT |= {"evaluation.prompts": 0, "samples.count": 0, "checkpoint.every": 1}
+SHORT |= {"evaluation.prompts": 0, "samples.count": 0, "checkpoint.every": 1, "guard.action": "off"}
 GROUPS = {"train.batch_size": 4, "algorithm.grpo.group": 2, "algorithm.grpo.fraction": 1}
 OWN = {"refl": {"algorithm.refl.steps_left": "[1,3]"}}
 OWN |= dict.fromkeys(("dance-grpo", "dance-grpo-relative", "flow-grpo"), GROUPS)
@@ -54,7 +54,7 @@ from srpo_cli.algorithms.grpo import GRPO
 from srpo_cli.algorithms.judging import DirectMethod
 from srpo_cli.recipes.train import Run
 
-srpo_cli.recipes.train._CALIBRATION = 8
+srpo_cli.recipes.train.CALIBRATION = 8
 seen = {"rollouts": [], "judged": [], "passes": []}
 
 def compare(run, pictures, original=Run._compare):

@@ -10,7 +10,15 @@ from safetensors.torch import save_file
 
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.runtime import checkpoints
-from srpo_cli.runtime.checkpoints import OPTIMIZER, find_checkpoint, list_checkpoints, save_checkpoint, save_masters
+from srpo_cli.runtime.checkpoints import (
+    OPTIMIZER,
+    find_checkpoint,
+    link_best,
+    list_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+    save_masters,
+)
 from srpo_cli.runtime.trained import Trained
 
 
@@ -149,3 +157,61 @@ def test_a_pickle_is_refused_and_never_run(tmp_path, trained):
     with pytest.raises(SrpoError, match="damaged"):
         checkpoint.load_optimizer(trained[1].load_optimizer_state)
     assert not (tmp_path / "owned").exists()
+
+
+# The best one
+
+
+@pytest.fixture
+def run(tmp_path, trained):
+    """A run's folder with checkpoints of the steps 10, 20 and 30."""
+    (tmp_path / "checkpoints").mkdir()
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path / "checkpoints", step, trained[0], {}, keep=5)
+    return tmp_path
+
+
+def best_of(run, place):
+    link_best(run, list_checkpoints(run / "checkpoints")[place])
+
+
+def test_the_best_checkpoint_is_what_a_run_is_known_by_and_the_newest_what_it_goes_on_from(run):
+    assert find_checkpoint(run).step == newest_checkpoint(run).step == 30
+    best_of(run, 0)
+    assert (find_checkpoint(run).step, newest_checkpoint(run).step) == (10, 30)
+    assert find_checkpoint(run).path.resolve() == run / "checkpoints" / "step-000010"
+    assert find_checkpoint(run / "best").step == 10
+    assert find_checkpoint(run / "checkpoints" / "step-000020").step == 20
+
+
+def test_the_link_moves_is_relative_and_goes(run):
+    best_of(run, 0)
+    best_of(run, 1)
+    assert (run / "best").readlink().as_posix() == "checkpoints/step-000020"
+    moved = run.rename(run.with_name("moved"))
+    assert find_checkpoint(moved).step == 20
+    link_best(moved, None)
+    assert not (moved / "best").is_symlink()
+    link_best(moved, None)  # there is none
+    assert sorted(path.name for path in moved.iterdir()) == ["checkpoints"]
+
+
+def test_a_link_to_a_checkpoint_that_is_gone_points_to_nothing(run):
+    best_of(run, 0)
+    (run / "checkpoints" / "step-000010").rename(run / "elsewhere")
+    assert find_checkpoint(run).step == 30
+
+
+def test_where_there_are_no_links_a_run_goes_on_without(run, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("operation not supported")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    best_of(run, 0)
+    assert find_checkpoint(run).step == 30
+
+
+def test_the_best_one_is_kept_beside_the_newest(run, trained):
+    for step in (40, 50):
+        save_checkpoint(run / "checkpoints", step, trained[0], {}, keep=2, protect=20)
+    assert [one.step for one in list_checkpoints(run / "checkpoints")] == [20, 40, 50]

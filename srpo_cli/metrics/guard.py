@@ -1,0 +1,288 @@
+"""When training has gone too far: corridors, crossings and a ranking, by what training does not optimise.
+
+The untrained model says itself which way to go. Drawn for a prompt it gives *base* pictures; asked for the positive
+word in so many words it gives *asked* ones, and every figure of a picture has a mean over either. From the one to the
+other, and some way beyond, is the figure's corridor. A method that hacks its reward leaves corridors: at the base's end
+(a plain reward that drives pictures away from what was asked for), or at the other (a relative reward that overshoots).
+The same two means make an axis, 0 at the base and 1 at the asked pictures, on which checkpoints are ranked.
+
+A method of this project, not of arXiv:2509.06942.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student
+
+Family = Literal["look", "words", "content", "reward", "panel"]
+
+_SHRINKAGE = 0.3
+_LEAST_SEPARATION = 4.0  # standard errors between base and asked pictures; an axis of less is mostly noise
+_FAMILIES_THAT_STOP = 2
+_CLEAR = 0.1  # of the way: a smaller difference may be chance
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A figure of pictures that is watched.
+
+    Args:
+        name: what records and messages call it.
+        family: what it is about. Signals of one family move together, so that two of them are one piece of evidence.
+        base, asked: its means over pictures of the untrained model, drawn for the prompts, and for the prompts with
+            the positive word.
+        spread: its standard deviation between pictures.
+        count: independent pictures behind each of the two means.
+        source: "rollouts", or "panel" for what is measured on held-out prompts.
+        trained: whether the run optimises it.
+        axis: whether checkpoints are ranked by it.
+        bad: which way out of its corridor is a bad sign; "back" is the one at the base's end, away from where it leads.
+    """
+
+    name: str
+    family: Family
+    base: float
+    asked: float
+    spread: float
+    count: int
+    source: Literal["rollouts", "panel"] = "rollouts"
+    trained: bool = False
+    axis: bool = False
+    bad: Literal["either", "high", "low", "back"] = "either"
+
+    @classmethod
+    def between(cls, name: str, family: Family, base: ArrayLike, asked: ArrayLike, **facts: Any) -> Signal:
+        """From a figure of base and asked pictures, (N,) each."""
+        base, asked = np.asarray(base, float), np.asarray(asked, float)
+        spread = math.sqrt((base.var(ddof=1) + asked.var(ddof=1)) / 2)
+        return cls(name, family, float(base.mean()), float(asked.mean()), spread, len(base), **facts)
+
+    def corridor(self, reach: float) -> tuple[float, float]:
+        """Lowest and highest mean on the way from the base to ``reach`` times the asked pictures."""
+        end = self.base + reach * (self.asked - self.base)
+        return min(self.base, end), max(self.base, end)
+
+    def outside(self, mean: float, count: int, reach: float) -> float:
+        """How far a mean over ``count`` independent pictures is out of the corridor for the bad, in standard errors.
+
+        The error is that of the difference to a mean of the calibration. 0 within; nan where ``mean`` is.
+        """
+        if math.isnan(mean):
+            return math.nan
+        low, high = self.corridor(reach)
+        back = "low" if self.asked >= self.base else "high"
+        sides = {"either": ("low", "high"), "back": (back,)}.get(self.bad, (self.bad,))
+        distance = max(0.0, *({"low": low - mean, "high": mean - high}[side] for side in sides))
+        error = self.spread * math.sqrt(1 / count + 1 / self.count)
+        if error == 0:
+            return math.inf if distance else 0.0
+        return distance / error
+
+    def progress(self, mean: float) -> float:
+        """Where a mean is on the way: 0 at the base, 1 at the asked pictures."""
+        return (mean - self.base) / (self.asked - self.base)
+
+    @property
+    def precision(self) -> float:
+        """Of the :meth:`progress` of one picture, which is the inverse of its variance."""
+        return ((self.asked - self.base) / self.spread) ** 2 if self.spread else 0.0
+
+    @property
+    def tells(self) -> bool:
+        """Whether base and asked pictures differ enough to make an axis."""
+        return self.precision * self.count / 2 > _LEAST_SEPARATION**2
+
+    def to_json(self, reach: float) -> dict[str, Any]:
+        """All of it, with the corridor as ``low`` and ``high``."""
+        low, high = self.corridor(reach)
+        return {**asdict(self), "low": low, "high": high}
+
+
+class Discriminant(NamedTuple):
+    """The mixture of several figures that tells base from asked pictures best."""
+
+    weights: NDArray[np.float64]
+    offset: float
+
+    @classmethod
+    def between(cls, base: ArrayLike, asked: ArrayLike) -> Discriminant:
+        """Fisher's discriminant, 0 at the mean of the base pictures' figures and 1 at that of the asked ones'.
+
+        ``base`` and ``asked`` are (N, K). The covariance within is shrunk towards its diagonal, because N is small.
+        """
+        base, asked = np.asarray(base, float), np.asarray(asked, float)
+        covariance = (np.cov(base.T) + np.cov(asked.T)) / 2
+        scale = np.sqrt(np.diag(covariance).clip(1e-12))
+        correlation = covariance / np.outer(scale, scale)
+        within = (1 - _SHRINKAGE) * correlation + _SHRINKAGE * np.eye(len(scale))
+        way = (asked.mean(0) - base.mean(0)) / scale
+        direction = np.linalg.solve(within, way)
+        weights = direction / max(direction @ way, 1e-12) / scale
+        return cls(weights, float(-weights @ base.mean(0)))
+
+    def __call__(self, figures: ArrayLike) -> NDArray[np.float64]:
+        """(..., K) -> (...)."""
+        return np.asarray(figures, float) @ self.weights + self.offset
+
+
+def threshold(alpha: float, tests: int, freedom: int) -> float:
+    """Standard errors out of its corridor at which a signal has crossed.
+
+    With so many ``tests`` in a run (signals times checks) the probability that any of them crosses while nothing is
+    trained is at most ``alpha``: by Bonferroni's inequality, for means that are normal and errors that are estimated
+    with ``freedom`` degrees of freedom. Untrained pictures are at one end of every corridor, which one side is tested
+    at.
+    """
+    return float(student.isf(alpha / tests, freedom))
+
+
+def has_collapsed(crossed: Iterable[Signal]) -> bool:
+    """Whether what has crossed at one check is evidence enough to stop: two families, for one may be a fluke."""
+    return len({signal.family for signal in crossed}) >= _FAMILIES_THAT_STOP
+
+
+def trend(steps: ArrayLike, values: ArrayLike, at: float, width: int) -> float:
+    """A noisy series at one step: a straight line through what lies within ``width`` steps of it, read off there.
+
+    Where the series ends sooner after ``at``, the line begins as much earlier. nan with fewer than two values.
+    """
+    steps, values = np.asarray(steps, float), np.asarray(values, float)
+    if not len(steps):
+        return math.nan
+    missing = min(max(0.0, at + width - steps.max()), width)
+    near = (steps >= at - width - missing) & (steps <= at + width)
+    x, y = steps[near] - at, values[near]
+    return float(np.polyfit(x, y, 1)[-1]) if len(set(x)) > 1 else math.nan
+
+
+class Place(NamedTuple):
+    """How far a checkpoint is along each axis, and how far from the end of the way, short of it or past it.
+
+    The distance is a mean over the axes by their precision.
+    """
+
+    step: int
+    distance: float
+    axes: dict[str, float]
+
+
+@dataclass
+class Watch:
+    """Follows the signals of one run; given the same notes it comes to the same conclusions.
+
+    Args:
+        signals: what is watched, by name.
+        reach: how far it is right to go, 1 at the asked pictures.
+        alpha: probability of any warning in a run in which nothing is trained.
+        every: steps between checks, whose means are of the pictures between them.
+        tests: signals times checks of the run as it is planned.
+    """
+
+    signals: Mapping[str, Signal]
+    reach: float
+    alpha: float
+    every: int
+    tests: int
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    collapsed: dict[str, Any] | None = None
+
+    def note(self, step: int, count: int, means: Mapping[str, float]) -> None:
+        """Take means of ``count`` independent pictures of the model as it is after ``step`` updates of the run."""
+        self.notes.append({"step": step, "count": count, "means": dict(means)})
+
+    def check(self, step: int) -> list[Signal]:
+        """Test every signal that was noted since the last check; returns those that cross for the first time."""
+        recent = [note for note in self.notes if step - self.every <= note["step"] <= step]
+        values, outside, crossed = {}, {}, []
+        for name, signal in self.signals.items():
+            own = [(note["means"][name], note["count"]) for note in recent if name in note["means"]]
+            count = sum(n for _, n in own)
+            if not count:
+                continue
+            values[name] = sum(mean * n for mean, n in own) / count
+            outside[name] = signal.outside(values[name], count, self.reach)
+            if outside[name] > threshold(self.alpha, self.tests, count + signal.count - 2):
+                crossed.append(signal)
+        names = [signal.name for signal in crossed]
+        self.checks.append({"step": step, "values": values, "z": outside, "crossed": names})
+        if self.collapsed is None and has_collapsed(crossed):
+            self.collapsed = {"step": step, "signals": names}
+        told = {warning["signal"] for warning in self.warnings}
+        new = [signal for signal in crossed if signal.name not in told]
+        for signal in new:
+            low, high = signal.corridor(self.reach)
+            self.warnings.append(
+                {"step": step, "signal": signal.name, "value": values[signal.name], "low": low, "high": high}
+            )
+        return new
+
+    def rank(self, checkpoints: Sequence[int]) -> list[Place]:
+        """Where the checkpoints of these steps are; without an axis, or pictures near one, nowhere."""
+        axes = [signal for signal in self.signals.values() if signal.axis]
+        places = []
+        for step in checkpoints:
+            progress = {signal.name: signal.progress(self._trend(signal.name, step)) for signal in axes}
+            known = [signal for signal in axes if not math.isnan(progress[signal.name])]
+            if known:
+                away = [abs(progress[signal.name] - self.reach) for signal in known]
+                weights = [signal.precision for signal in known]
+                places.append(Place(step, float(np.average(away, weights=weights)), progress))
+        return places
+
+    def _trend(self, name: str, step: int) -> float:
+        known = [(note["step"], note["means"][name]) for note in self.notes if name in note["means"]]
+        return trend([at for at, _ in known], [mean for _, mean in known], step, self.every)
+
+    def best(self, checkpoints: Sequence[int], keep_last: bool = False) -> Place | None:
+        """The checkpoint nearest to the end of the way; None where none is clearly nearer than the untrained model.
+
+        With ``keep_last`` it is the last one, unless another is clearly nearer.
+        """
+        places = self.rank(checkpoints)
+        nearest = min(places, key=lambda place: place.distance, default=None)
+        if nearest is None or nearest.distance > self.reach - _CLEAR:  # the untrained model is at 0
+            return None
+        last = max(places, key=lambda place: place.step)
+        return last if keep_last and last.distance <= nearest.distance + _CLEAR else nearest
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for :meth:`restore` and for a page: notes as a column for each signal of the rollouts."""
+        names = {source: [n for n, s in self.signals.items() if s.source == source] for source in ("rollouts", "panel")}
+        of = {source: [note for note in self.notes if {*own} & {*note["means"]}] for source, own in names.items()}
+        series = {name: [note["means"].get(name) for note in of["rollouts"]] for name in names["rollouts"]}
+        marks = {key: [note[key] for note in of["rollouts"]] for key in ("step", "count")}
+        return {
+            "reach": self.reach,
+            "alpha": self.alpha,
+            "every": self.every,
+            "tests": self.tests,
+            "signals": [signal.to_json(self.reach) for signal in self.signals.values()],
+            "series": {**marks, **series},
+            "panel": [{"step": note["step"], "count": note["count"], **note["means"]} for note in of["panel"]],
+            "checks": self.checks,
+            "warnings": self.warnings,
+            "collapsed": self.collapsed,
+        }
+
+    def restore(self, state: Mapping[str, Any], step: int, newest: int) -> None:
+        """Go on from :meth:`to_json` as it was after ``step`` steps and their check, where one was due.
+
+        ``newest`` is the last step whose model's rollouts, or what stands for them, had been noted by then.
+        """
+        rows = [dict(zip(state["series"], row, strict=True)) for row in zip(*state["series"].values(), strict=True)]
+        rows = [row for row in rows if row["step"] <= newest] + [row for row in state["panel"] if row["step"] <= step]
+        for row in sorted(rows, key=lambda row: row["step"]):
+            means = {name: row[name] for name in self.signals if row.get(name) is not None}
+            self.note(row["step"], row["count"], means)
+        self.checks = [check for check in state["checks"] if check["step"] <= step]
+        self.warnings = [warning for warning in state["warnings"] if warning["step"] <= step]
+        collapsed = state["collapsed"]
+        self.collapsed = collapsed if collapsed and collapsed["step"] <= step else None

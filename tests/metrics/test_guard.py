@@ -1,0 +1,232 @@
+"""Corridors, crossings, the stop rule and the ranking, by hand and by simulation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from srpo_cli.metrics.guard import Discriminant, Signal, Watch, has_collapsed, threshold, trend
+
+
+def signal(name="saturation", family="look", base=0.0, asked=1.0, spread=1.0, count=100, **facts):
+    return Signal(name, family, base, asked, spread, count, **facts)
+
+
+def watch(*signals, every=5, tests=100, reach=1.25, alpha=0.05):
+    return Watch({one.name: one for one in signals}, reach, alpha, every, tests)
+
+
+@pytest.mark.parametrize(("base", "asked", "low", "high"), [(0.4, 0.2, 0.15, 0.4), (0.2, 0.4, 0.2, 0.45)])
+def test_a_corridor_goes_from_the_base_to_reach_times_the_asked_pictures(base, asked, low, high):
+    assert signal(base=base, asked=asked).corridor(1.25) == pytest.approx((low, high))
+
+
+def test_how_far_outside_by_hand():
+    # corridor [0, 1.25], error 1 * sqrt(1/25 + 1/100) = 0.2236
+    one = signal()
+    assert one.outside(0.5, 25, 1.25) == 0
+    assert one.outside(1.25 + 0.2236068, 25, 1.25) == pytest.approx(1)
+    assert one.outside(-0.4472136, 25, 1.25) == pytest.approx(2)
+    assert math.isnan(one.outside(math.nan, 25, 1.25))
+
+
+@pytest.mark.parametrize(
+    ("bad", "asked", "below", "above"),
+    [
+        ("either", 1.0, True, True),
+        ("low", 1.0, True, False),
+        ("high", 1.0, False, True),
+        ("back", 1.0, True, False),
+        ("back", -1.0, False, True),
+    ],
+)
+def test_only_the_bad_way_out_counts(bad, asked, below, above):
+    one = signal(asked=asked, bad=bad)
+    assert (one.outside(-9.0, 25, 1.25) > 0, one.outside(9.0, 25, 1.25) > 0) == (below, above)
+
+
+def test_a_figure_without_spread_is_outside_as_soon_as_it_moves():
+    assert signal(spread=0.0).outside(1.0, 25, 1.25) == 0
+    assert signal(spread=0.0).outside(1.3, 25, 1.25) == math.inf
+
+
+def test_between_takes_means_and_the_pooled_spread():
+    one = Signal.between("saturation", "look", [1.0, 3.0], [5.0, 9.0])
+    assert (one.base, one.asked, one.count) == (2.0, 7.0, 2)
+    assert one.spread == pytest.approx(math.sqrt((2.0 + 8.0) / 2))  # variances of two values each
+
+
+def test_an_axis_needs_base_and_asked_pictures_to_differ():
+    assert signal(asked=1.0, count=100).tells  # 1 / sqrt(2 / 100) = 7 standard errors
+    assert not signal(asked=0.3, count=100).tells  # 2
+
+
+def test_the_discriminant_is_0_at_the_base_and_1_at_the_asked_pictures():
+    rng = np.random.default_rng(0)
+    base, asked = rng.normal(size=(50, 4)), rng.normal(1.0, size=(50, 4))
+    mixture = Discriminant.between(base, asked)
+    assert mixture(base).mean() == pytest.approx(0, abs=1e-12)
+    assert mixture(asked).mean() == pytest.approx(1)
+
+
+def test_the_discriminant_does_not_depend_on_units_and_beats_the_best_figure_where_two_are_correlated():
+    rng = np.random.default_rng(1)
+    covariance = [[1, 0.9], [0.9, 1]]
+    base = rng.multivariate_normal([0, 0], covariance, 4000)
+    asked = rng.multivariate_normal([1, 0], covariance, 4000)
+    mixture = Discriminant.between(base, asked)
+    np.testing.assert_allclose(Discriminant.between(base * [7, 0.1], asked * [7, 0.1])(base * [7, 0.1]), mixture(base))
+    assert mixture(base).std() < 0.8  # one figure alone: 1
+
+
+def test_the_threshold_is_bonferronis_of_students_t():
+    assert threshold(0.05, 10, 20) == pytest.approx(student.isf(0.005, 20))
+    assert threshold(0.05, 1000, 20) > threshold(0.05, 10, 20) > threshold(0.05, 10, 200)
+
+
+def test_two_signals_of_one_family_are_one_piece_of_evidence():
+    look = signal("saturation"), signal("grid")
+    assert not has_collapsed(look)
+    assert has_collapsed([look[0], signal("sgp_gap", "words")])
+
+
+def test_the_trend_of_a_line_is_the_line_at_either_end_and_between():
+    steps = np.arange(30)
+    for at in (0, 3, 15, 29, 31):
+        assert trend(steps, 2.0 * steps + 1, at, 5) == pytest.approx(2.0 * at + 1)
+
+
+def test_the_trend_looks_no_further_than_its_width_but_where_the_series_ends():
+    steps = np.arange(30)
+    values = np.where(abs(steps - 10) <= 5, 1.0, 100.0)
+    assert trend(steps, values, 10, 5) == pytest.approx(1)
+    values = np.where(steps >= 20, 1.0, 100.0)
+    assert trend(steps, values, 30, 5) == pytest.approx(1)  # 20 to 29
+    assert math.isnan(trend(steps, values, 60, 5))
+    assert math.isnan(trend([], [], 5, 5))
+
+
+def test_a_signal_is_told_once_and_two_families_end_the_run():
+    guard = watch(signal(), signal("sgp_gap", "words"))
+    for step in range(15):
+        guard.note(step, 8, {"saturation": 9.0 if step >= 5 else 0.0, "sgp_gap": 9.0 if step >= 10 else 0.0})
+    assert guard.check(5) == []
+    assert [one.name for one in guard.check(9)] == ["saturation"]
+    assert guard.collapsed is None
+    assert [one.name for one in guard.check(15)] == ["sgp_gap"]
+    assert guard.collapsed == {"step": 15, "signals": ["saturation", "sgp_gap"]}
+    assert [warning["step"] for warning in guard.warnings] == [9, 15]
+
+
+def test_a_check_weighs_means_by_their_pictures_and_looks_at_those_since_the_last():
+    guard = watch(signal(), every=5)
+    guard.note(1, 8, {"saturation": 50.0})
+    guard.note(6, 10, {"saturation": 1.0})
+    guard.note(8, 30, {"saturation": 2.0})
+    guard.check(10)
+    assert guard.checks[-1]["values"] == {"saturation": pytest.approx(1.75)}
+
+
+def test_nothing_noted_nothing_tested():
+    guard = watch(signal())
+    assert guard.check(5) == []
+    assert guard.checks == [{"step": 5, "values": {}, "z": {}, "crossed": []}]
+
+
+def overshooting(guard, slope=0.1, steps=30):
+    for step in range(steps):
+        guard.note(step, 8, {"look": slope * step, "gap": slope * step})
+
+
+def test_the_best_checkpoint_is_the_one_nearest_to_the_end_of_the_way():
+    guard = watch(signal("look", axis=True), signal("gap", "words", axis=True))
+    overshooting(guard)  # reaches 1.25 at step 12.5
+    places = guard.rank([5, 10, 15, 20])
+    assert [place.distance for place in places] == pytest.approx([0.75, 0.25, 0.25, 0.75])
+    assert guard.best([5, 9, 13, 20]).step == 13
+    assert guard.best([5, 12, 20]).axes == pytest.approx({"look": 1.2, "gap": 1.2})
+
+
+def test_a_precise_axis_counts_for_more_than_a_noisy_one():
+    # spreads 1 and 0.5: precisions 1 and 4; 0.25 short of the end and 0.75 past it
+    guard = watch(signal("look", axis=True), signal("gap", "words", spread=0.5, axis=True))
+    for step in range(21):
+        guard.note(step, 8, {"look": 0.1 * step, "gap": 0.2 * step})
+    (place,) = guard.rank([10])
+    assert place.axes == pytest.approx({"look": 1.0, "gap": 2.0})
+    assert place.distance == pytest.approx((1 * 0.25 + 4 * 0.75) / 5)
+
+
+def test_the_last_checkpoint_stays_unless_another_is_clearly_better():
+    guard = watch(signal("look", axis=True))
+    for step in range(16):
+        guard.note(step, 8, {"look": 0.1 * step})
+    assert guard.best([12, 13]).step == 12  # 0.05 and 0.05: the first
+    assert guard.best([11, 12, 13], keep_last=True).step == 13
+    assert guard.best([12, 15], keep_last=True).step == 12
+
+
+def test_a_method_that_goes_the_other_way_has_no_best_checkpoint():
+    guard = watch(signal("look", axis=True))
+    overshooting(guard, slope=-0.1)
+    assert guard.best([5, 10, 15]) is None
+
+
+@pytest.mark.parametrize(("slope", "best"), [(0.009, None), (0.011, 10)])
+def test_what_is_hardly_better_than_the_base_is_not_called_better(slope, best):
+    guard = watch(signal("look", axis=True))
+    overshooting(guard, slope=slope)  # at step 10 0.09 or 0.11 of the way
+    found = guard.best([10])
+    assert (found and found.step) == best
+
+
+def test_without_an_axis_nothing_is_ranked():
+    guard = watch(signal("look"))
+    overshooting(guard)
+    assert guard.rank([5, 10]) == []
+    assert guard.best([5, 10]) is None
+
+
+def test_a_restored_watch_goes_on_as_if_it_had_never_stopped():
+    def run(guard, first, last):
+        for step in range(first, last):
+            if step and step % 5 == 0:
+                if step == 10:
+                    guard.note(step, 4, {"diversity": 0.2})
+                guard.check(step)
+            guard.note(step, 8, {"look": 0.1 * step, "gap": 0.3 * step})
+        return guard
+
+    def fresh():
+        panel = signal("diversity", "panel", source="panel")
+        return watch(signal("look", axis=True), signal("gap", "words"), panel)
+
+    whole = run(fresh(), 0, 31)
+    state = json.loads(json.dumps(run(fresh(), 0, 23).to_json()))
+    again = fresh()
+    again.restore(state, 17, newest=16)
+    run(again, 17, 31)
+    assert again.to_json() == whole.to_json()
+    assert again.rank([5, 20]) == whole.rank([5, 20])
+
+
+def test_an_untrained_run_is_warned_no_oftener_than_alpha_says():
+    # 12 signals, 40 checks of 40 pictures each: at most 5 % of the runs may warn.
+    rng = np.random.default_rng(0)
+    families = ["look", "words", "content"]
+    names = [f"signal {i}" for i in range(12)]
+    warned = collapsed = 0
+    for _ in range(300):
+        base, asked = rng.normal(size=(64, 12)), rng.normal(size=(64, 12)) + rng.choice([-1, 0, 1], 12)
+        signals = [Signal.between(n, families[i % 3], base[:, i], asked[:, i]) for i, n in enumerate(names)]
+        guard = watch(*signals, tests=12 * 40)
+        for check in range(40):
+            means = rng.normal(size=(40, 12)).mean(0)
+            guard.note(5 * check, 40, dict(zip(names, means, strict=True)))
+            guard.check(5 * check + 5)
+        warned += bool(guard.warnings)
+        collapsed += guard.collapsed is not None
+    assert warned / 300 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)
+    assert collapsed <= 1

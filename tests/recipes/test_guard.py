@@ -1,0 +1,277 @@
+"""The guard in real runs on the miniature: what it costs, what it sees, and that a run goes on or ends with it."""
+
+import json
+import signal
+import socket
+
+import pytest
+import torch
+
+from srpo_cli.algorithms.base import ControlWords
+from srpo_cli.config.load import load_train_config
+from srpo_cli.metrics.pictures import picture_statistics
+from srpo_cli.miniature.world import CG, PHOTO, draw_scenes_of, render
+from srpo_cli.recipes.figures import Figures
+from srpo_cli.recipes.guard import Plan
+from srpo_cli.recipes.parts import load_reward
+
+pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
+
+CPU = torch.device("cpu")
+WORDS = ControlWords(["realistic photo"], ["cg render"])
+PROMPTS = ["a red sphere on grass, bright", "a blue cube on snow, dark", "a green cone on sand, backlit"]
+WATCHED = {
+    "train.batch_size": 8,
+    "rollout.steps": 2,
+    "algorithm.pairs": 1,
+    "checkpoint.every": 5,
+    "guard.action": "stop",
+    "guard.share": 1,
+}
+
+
+def config(preset="realism", **changes):
+    settings = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    return load_train_config(preset, overrides=settings, miniature=True).config
+
+
+# What it may spend
+
+
+def test_the_plan_of_a_run_without_target_by_hand():
+    # A step: 8 rollouts of 10 steps, 2 pairs of 2 branches, each three forwards: 8 * (10 + 12) = 176. Of 300 steps 5 %
+    # are 2,640; 64 pictures of each kind cost 1,280, a panel of 8 pictures 80, so that 17 could be drawn, two of them
+    # of the base model.
+    plan = Plan.of(config(algorithm__target="null", train__steps=300), 8)
+    assert plan == Plan(64, 5, (5, 10, 20, 40, 80, 160))
+
+
+def test_a_shorter_run_is_calibrated_on_fewer_pictures_and_a_target_has_drawn_them():
+    # 60 steps: 528, four fifths of it 422, so 21 pictures of each kind at 10 forwards; 108 are left, a panel and a bit.
+    assert Plan.of(config(algorithm__target="null", train__steps=60), 8) == Plan(21, 5)
+    # With a target nothing is paid for them: 528 for 6 panels, two of the base model.
+    assert Plan.of(config(train__steps=60), 8) == Plan(64, 5, (5, 10, 20, 40))
+
+
+def test_ranks_that_share_a_picture_each_cost_as_many_pictures_as_there_are_ranks():
+    alone, many = (Plan.of(config(algorithm__target="null", train__steps=60), 8, ranks) for ranks in (1, 16))
+    assert (alone.calibration, many.calibration) == (21, 16)
+
+
+def test_a_run_too_short_to_afford_a_guard_says_what_it_would_take():
+    plan = Plan.of(config(algorithm__target="null", train__steps=10), 8)
+    assert plan.calibration == 0
+    assert plan.shortfall == "10 steps are too few: set guard.share=0.12 or more"
+    assert Plan.of(config(algorithm__target="null", train__steps=10, guard__share=0.12), 8).calibration == 8
+
+
+def test_of_given_pictures_there_is_nothing_to_see_but_the_panel():
+    plan = Plan.of(config("realism:offline", algorithm__target="null", train__steps=400), 8)
+    assert plan.calibration == 64 or plan.panel
+    assert len(set(b - a for a, b in zip(plan.panel, plan.panel[1:], strict=False))) <= 1
+    assert plan.panel[0] == plan.every
+
+
+def test_a_group_counts_as_one_picture_between_checks():
+    assert Plan.of(config("baselines:dance-grpo", train__batch_size=16, algorithm__grpo__group=8), 16).every == 20
+
+
+def test_a_guard_that_is_off_plans_nothing():
+    assert Plan.of(config(guard__action="off"), 8) == Plan(0, 5)
+
+
+# What it measures
+
+
+@pytest.fixture(scope="module")
+def figures():
+    judges = {name: load_reward(name, None, CPU).via("training") for name in ("miniature", "miniature:clip")}
+    return Figures(judges["miniature"], {"miniature:clip": judges["miniature:clip"]}, WORDS, PROMPTS, 8)
+
+
+def test_the_columns_are_what_their_names_say(figures):
+    photographs = render(draw_scenes_of(PROMPTS, PHOTO, 0))
+    rows = dict(zip(figures.names, figures.measure(photographs, PROMPTS).T, strict=True))
+    statistics = picture_statistics(photographs, 8)
+    torch.testing.assert_close(rows["saturation"], statistics[:, 1])
+    reward = load_reward("miniature", None, CPU).via("training")
+    own, wrong = reward(photographs, PROMPTS), reward(photographs, [*PROMPTS[1:], PROMPTS[0]])
+    torch.testing.assert_close(rows["reward"], own)
+    torch.testing.assert_close(rows["caption_margin"], own - wrong)
+    held_out = load_reward("miniature:clip", None, CPU).via("training")
+    gap = held_out(photographs, WORDS.texts("realistic photo", PROMPTS))
+    gap = gap - held_out(photographs, WORDS.texts("cg render", PROMPTS))
+    torch.testing.assert_close(rows["miniature:clip/sgp_gap"], gap)
+    assert (rows["caption_margin"] > 0).all()
+
+
+def test_a_held_out_reward_tells_photographs_from_renders(figures):
+    place = figures.names.index("miniature:clip/sgp_gap")
+    photo, cg = (figures.measure(render(draw_scenes_of(PROMPTS, kind, 0)), PROMPTS)[:, place] for kind in (PHOTO, CG))
+    assert (photo > cg).all()
+
+
+def test_clipping_counts_black_and_white(figures):
+    place = figures.names.index("clipping")
+    picture = torch.full((2, 3, 48, 48), 0.5)
+    picture[1, :, :24] = 1.0
+    clipped = figures.measure(picture, PROMPTS[:2])[:, place].exp()
+    torch.testing.assert_close(clipped, torch.tensor([0.001, 0.501]))
+
+
+def test_with_one_prompt_there_is_no_wrong_caption_and_no_margin():
+    reward = load_reward("miniature", None, CPU)
+    figures = Figures(reward, {}, WORDS, PROMPTS[:1], 8)
+    assert "caption_margin" not in figures.names
+    assert figures.measure(torch.rand(2, 3, 48, 48), PROMPTS[:1] * 2).shape == (2, len(figures.names))
+
+
+# What a run makes of it
+
+
+@pytest.fixture(scope="module")
+def run(processes, tiny, tmp_path_factory):
+    """Runs of the guard, each made once; the arguments are settings."""
+    made = {}
+
+    def make(*pairs, steps=10, before=""):
+        key = (pairs, steps)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("guarded") / "run"
+            process = processes.start(*tiny(folder, *settings(*pairs), steps=steps), before=before)
+            assert process.wait() == 0, process.stderr.read_text()
+            process.stderr.rename(folder.parent / "stderr")
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def settings(*pairs):
+    given = WATCHED | dict(pair.split("=", 1) for pair in pairs)
+    return [f"--set={key}={value}" for key, value in given.items()]
+
+
+def guard_of(folder):
+    guard = json.loads((folder / "guard.json").read_text())
+    del guard["cost"]
+    return guard
+
+
+def test_a_run_keeps_what_its_guard_saw(run):
+    folder = run()
+    guard = guard_of(folder)
+    assert guard["pictures"] == {"calibration": 64, "panel": 8}
+    assert guard["series"]["step"] == list(range(10))
+    assert guard["series"]["count"] == [8] * 10
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert guard["series"]["sgp_gap"] == [record["sgp_gap"] for record in records]
+    assert guard["series"]["reward"] == pytest.approx([record["reward"] for record in records], abs=1e-5)
+    assert [check["step"] for check in guard["checks"]] == [5, 10]
+    assert [seen["step"] for seen in guard["panel"]] == [5, 10]
+    assert all(seen["base_distance"] > 0 for seen in guard["panel"])
+    assert {place["step"] for place in guard["checkpoints"]} == {5, 10}
+    assert (folder / "report.html").is_file()
+
+
+def test_the_rollouts_of_the_first_step_are_the_base_models(run):
+    guard = guard_of(run())
+    for watched in guard["signals"]:
+        if watched["source"] == "rollouts":
+            first = guard["series"][watched["name"]][0]
+            assert abs(first - watched["base"]) < 5 * watched["spread"] * (1 / 8 + 1 / 64) ** 0.5, watched["name"]
+
+
+def test_watching_changes_nothing_of_the_training(run, read_metrics):
+    watched, alone = run(), run("guard.action=off")
+    assert read_metrics(watched) == read_metrics(alone)
+    weights = "checkpoints/step-000010/transformer/diffusion_pytorch_model.safetensors"
+    assert (watched / weights).read_bytes() == (alone / weights).read_bytes()
+
+
+def test_a_guard_that_is_off_leaves_nothing(run):
+    names = {path.name for path in run("guard.action=off").iterdir()}
+    assert not names & {"guard.json", "panel.safetensors", "report.html", "best"}
+
+
+KILL = """
+import os, signal
+from srpo_cli.runtime.folder import RunFolder
+log = RunFolder.log
+def log_and_die(self, record):
+    log(self, record)
+    if record["step"] == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunFolder.log = log_and_die
+"""
+
+
+def test_a_killed_run_goes_on_with_what_its_guard_had_seen(run, tmp_path, processes, tiny, srpo):
+    folder = tmp_path / "run"
+    process = processes.start(*tiny(folder, *settings(), steps=10), before=KILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read_text()
+    outcome = srpo("train", "--resume", folder)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert guard_of(folder) == guard_of(run())
+
+
+def test_a_collapse_ends_the_run_and_what_went_before_is_measured(run):
+    folder = run("optimizer.lr=2e-3", "evaluation.prompts=8", steps=20)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["stopped_by"], summary["steps"]) == ("guard", 5)
+    guard = guard_of(folder)
+    assert guard["stopped"]["step"] == 5
+    assert len({one["family"] for one in guard["signals"] if one["name"] in guard["stopped"]["signals"]}) >= 2
+    told = (folder.parent / "stderr").read_text()
+    for warning in guard["warnings"]:
+        assert f"guard: at step 5 {warning['signal']} is" in told
+    assert "guard: collapsed at step 5" in told
+
+
+def test_a_guard_that_only_warns_lets_a_collapsing_run_go_on(run):
+    folder = run("optimizer.lr=2e-3", "guard.action=warn")
+    assert json.loads((folder / "summary.json").read_text())["stopped_by"] == "steps"
+    guard = guard_of(folder)
+    assert guard["collapsed"]["step"] == 5
+    assert guard["stopped"] is None
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_sees(run, processes, tiny, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folder = tmp_path / "run"
+    both = settings("train.batch_size=4")  # of each process
+    ranks = [
+        processes.start(
+            *tiny(folder, *both, steps=10),
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr.read_text()
+    alone, shared = guard_of(run()), guard_of(folder)
+    for name, column in alone["series"].items():
+        assert shared["series"][name] == pytest.approx(column, rel=0.02, abs=0.02), name
+    assert [seen["base_distance"] for seen in shared["panel"]] == pytest.approx(
+        [seen["base_distance"] for seen in alone["panel"]], rel=0.05
+    )
+
+
+def test_a_policys_rollouts_are_measured_against_pictures_of_its_own_sampler(run):
+    own = ("algorithm.name=dance-grpo", "algorithm.grpo.group=2", "rollout.steps=4", "algorithm.grpo.noise_level=0.7")
+    guard = guard_of(run(*own, steps=5))
+    (grain,) = [watched for watched in guard["signals"] if watched["name"] == "high_frequency"]
+    assert guard["series"]["count"] == [4] * 5
+    assert abs(guard["series"]["high_frequency"][0] - grain["base"]) < 4 * grain["spread"] * (1 / 4 + 1 / 64) ** 0.5
+    (reward,) = [watched for watched in guard["signals"] if watched["name"] == "reward"]
+    assert reward["trained"]
+
+
+def test_a_trained_reward_is_not_watched(srpo, tmp_path):
+    outcome = srpo(
+        "train", "--preset", "realism", "--model", "miniature", "--set=guard.rewards=[miniature]", "--dry-run"
+    )
+    assert outcome.exit_code == 2
+    assert "guard.rewards names miniature, which reward.name or reward.others optimises" in outcome.stderr
