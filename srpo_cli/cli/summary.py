@@ -20,7 +20,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["tuned"]:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("")
-        for name in ("base", "tuned"):
+        best = summary.get("best_step") or summary["steps"]
+        tuned = "tuned" if best == summary["steps"] else f"step {best}"
+        for name in ("base", tuned):
             table.add_column(f"{name} [95 % interval]", justify="right")
         table.add_column("better is")
         for name in summary["tuned"]:

@@ -131,15 +131,16 @@ def train(
     say(f"run: {output}")
 
     from srpo_cli.cli.summary import print_summary
+    from srpo_cli.pages.training import REPORT
     from srpo_cli.recipes.train import BEFORE_AFTER
     from srpo_cli.recipes.train import train as run
 
     outcome = run(resolved, output, resume=resume is not None, download=download, quiet=quiet, say=say)
     if outcome.summary:
         print_summary(outcome.summary)
-        pictures = outcome.folder / BEFORE_AFTER
-        if pictures.exists():
-            say(f"pictures: {pictures}")
+        for what, name in (("pictures", BEFORE_AFTER), ("report", REPORT)):
+            if (outcome.folder / name).exists():
+                say(f"{what}: {outcome.folder / name}")
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
 

@@ -37,7 +37,7 @@ class Signal:
         family: what it is about. Signals of one family move together, so that two of them are one piece of evidence.
         base, asked: its means over pictures of the untrained model, drawn for the prompts, and for the prompts with
             the positive word.
-        spread: its standard deviation between pictures.
+        spread: its standard deviation between pictures, of base or asked ones, whichever is larger.
         count: independent pictures behind each of the two means.
         source: "rollouts", or "panel" for what is measured on held-out prompts.
         trained: whether the run optimises it.
@@ -60,8 +60,8 @@ class Signal:
     def between(cls, name: str, family: Family, base: ArrayLike, asked: ArrayLike, **facts: Any) -> Signal:
         """From a figure of base and asked pictures, (N,) each."""
         base, asked = np.asarray(base, float), np.asarray(asked, float)
-        spread = math.sqrt((base.var(ddof=1) + asked.var(ddof=1)) / 2)
-        return cls(name, family, float(base.mean()), float(asked.mean()), spread, len(base), **facts)
+        spread = max(base.std(ddof=1), asked.std(ddof=1))  # pictures to come may be like either
+        return cls(name, family, float(base.mean()), float(asked.mean()), float(spread), len(base), **facts)
 
     def corridor(self, reach: float) -> tuple[float, float]:
         """Lowest and highest mean on the way from the base to ``reach`` times the asked pictures."""

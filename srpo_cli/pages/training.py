@@ -67,7 +67,7 @@ def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
         steps=summary["steps"] if summary else _last_step(guard),
         summary=summary,
         heading=_heading(best, stopped, guard),
-        command=f"srpo sample {shlex.quote(str(folder))}",
+        command=f"srpo sample PROMPT --model {shlex.quote(str(folder))}",
         axes=_axes(guard),
         signals=_signals(guard),
         checkpoints=_checkpoints(guard),

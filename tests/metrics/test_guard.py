@@ -52,10 +52,10 @@ def test_a_figure_without_spread_is_outside_as_soon_as_it_moves():
     assert signal(spread=0.0).outside(1.3, 25, 1.25) == math.inf
 
 
-def test_between_takes_means_and_the_pooled_spread():
+def test_between_takes_means_and_the_larger_spread():
     one = Signal.between("saturation", "look", [1.0, 3.0], [5.0, 9.0])
     assert (one.base, one.asked, one.count) == (2.0, 7.0, 2)
-    assert one.spread == pytest.approx(math.sqrt((2.0 + 8.0) / 2))  # variances of two values each
+    assert one.spread == pytest.approx(math.sqrt(8.0))  # variances 2 and 8
 
 
 def test_an_axis_needs_base_and_asked_pictures_to_differ():

@@ -228,6 +228,42 @@ def test_a_collapse_ends_the_run_and_what_went_before_is_measured(run):
     assert "guard: collapsed at step 5" in told
 
 
+DIGESTS = """
+import hashlib, json, os
+from srpo_cli.recipes.report import Report
+
+drawn = []
+
+def sample(report, step, original=Report.sample):
+    original(report, step)
+    files = sorted((report.folder.samples / f"step-{step:06d}").glob("*.png"))
+    drawn.append([step, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]])
+    open(os.environ["DRAWN"], "w").write(json.dumps(drawn))
+
+Report.sample = sample
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [(), ("train.mode=lora", "optimizer.lr=4e-4", "train.ema=0.8")])
+def test_the_best_checkpoint_is_put_back_before_it_is_shown(own, processes, tiny, srpo, tmp_path):
+    """Its pictures are those that were drawn when it was the newest."""
+    folder, drawn = tmp_path / "run", tmp_path / "drawn"
+    pairs = ("rollout.steps=10", "algorithm.pairs=2", "samples.count=2", "samples.every=5", "guard.share=0.05", *own)
+    process = processes.start(*tiny(folder, *settings(*pairs), steps=300), before=DIGESTS, DRAWN=str(drawn))
+    assert process.wait() == 0, process.stderr.read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    best, pictures = summary["best_step"], json.loads(drawn.read_text())
+    assert summary["stopped_by"] == "guard" and best < summary["steps"]
+    (first, again) = (digests for step, digests in pictures if step == best)
+    assert first == again
+    assert (folder / "best").resolve().name == f"step-{best:06d}"
+    outcome = srpo("sample", PROMPTS[0], "--model", folder, "--output", tmp_path / "drawn-again")
+    assert outcome.exit_code == 0, outcome.stderr
+    row = json.loads((tmp_path / "drawn-again" / "samples.jsonl").read_text().splitlines()[0])
+    assert f"step-{best:06d}" in row["weights"]
+
+
 def test_a_guard_that_only_warns_lets_a_collapsing_run_go_on(run):
     folder = run("optimizer.lr=2e-3", "guard.action=warn")
     assert json.loads((folder / "summary.json").read_text())["stopped_by"] == "steps"
