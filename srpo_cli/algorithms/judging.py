@@ -84,13 +84,20 @@ class Judging:
         return self.control_words.gap(self._scores(images, prompts, self.control_words.all, generator))
 
     @torch.no_grad()
-    def measure(self, images: Tensor, prompts: Sequence[str], *, generator: Generators = None) -> tuple[Tensor, Tensor]:
-        """Plain reward of decoded pictures as they are, and :meth:`gap`, (B,) each; one look where it serves both."""
+    def measure(
+        self, images: Tensor, prompts: Sequence[str], *others: Sequence[str], generator: Generators = None
+    ) -> tuple[Tensor, ...]:
+        """Plain reward of decoded pictures as they are, for their prompts and any ``others``, and last :meth:`gap`.
+
+        (B,) each; one look where it serves all of them.
+        """
         if self.augment:
-            return self.reward.scores(images, prompts)[0], self.gap(images, prompts, generator=generator)
+            return *self.reward.scores(images, prompts, *others), self.gap(images, prompts, generator=generator)
         words = self.control_words
-        plain, *terms = self.reward.scores(images, prompts, *(words.texts(word, prompts) for word in words.all))
-        return plain, words.gap(terms)
+        texts = [prompts, *others, *(words.texts(word, prompts) for word in words.all)]
+        scores = self.reward.scores(images, *texts)
+        plain = 1 + len(others)
+        return *scores[:plain], words.gap(scores[plain:])
 
     def _scores(
         self, images: Tensor, prompts: Sequence[str], words: Sequence[str], generator: Generators

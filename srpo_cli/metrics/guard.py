@@ -180,7 +180,7 @@ class Watch:
         signals: what is watched, by name.
         reach: how far it is right to go, 1 at the asked pictures.
         alpha: probability of any warning in a run in which nothing is trained.
-        every: steps between checks, whose means are of the pictures between them.
+        every: steps between checks, each of what was noted since the last.
         tests: signals times checks of the run as it is planned.
     """
 
@@ -194,13 +194,18 @@ class Watch:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     collapsed: dict[str, Any] | None = None
 
+    @property
+    def _tested(self) -> int:
+        """How many notes have had their check."""
+        return self.checks[-1]["tested"] if self.checks else 0
+
     def note(self, step: int, count: int, means: Mapping[str, float]) -> None:
         """Take means of ``count`` independent pictures of the model as it is after ``step`` updates of the run."""
         self.notes.append({"step": step, "count": count, "means": dict(means)})
 
     def check(self, step: int) -> list[Signal]:
         """Test every signal that was noted since the last check; returns those that cross for the first time."""
-        recent = [note for note in self.notes if step - self.every <= note["step"] <= step]
+        recent = self.notes[self._tested :]
         values, outside, crossed = {}, {}, []
         for name, signal in self.signals.items():
             own = [(note["means"][name], note["count"]) for note in recent if name in note["means"]]
@@ -212,7 +217,7 @@ class Watch:
             if outside[name] > threshold(self.alpha, self.tests, count + signal.count - 2):
                 crossed.append(signal)
         names = [signal.name for signal in crossed]
-        self.checks.append({"step": step, "values": values, "z": outside, "crossed": names})
+        self.checks.append({"step": step, "values": values, "z": outside, "crossed": names, "tested": len(self.notes)})
         if self.collapsed is None and has_collapsed(crossed):
             self.collapsed = {"step": step, "signals": names}
         told = {warning["signal"] for warning in self.warnings}
@@ -278,8 +283,9 @@ class Watch:
         ``newest`` is the last step whose model's rollouts, or what stands for them, had been noted by then.
         """
         rows = [dict(zip(state["series"], row, strict=True)) for row in zip(*state["series"].values(), strict=True)]
-        rows = [row for row in rows if row["step"] <= newest] + [row for row in state["panel"] if row["step"] <= step]
-        for row in sorted(rows, key=lambda row: row["step"]):
+        panel = [row for row in state["panel"] if row["step"] <= step]
+        rows = [*panel, *(row for row in rows if row["step"] <= newest)]
+        for row in sorted(rows, key=lambda row: row["step"]):  # a panel comes before the rollouts that follow it
             means = {name: row[name] for name in self.signals if row.get(name) is not None}
             self.note(row["step"], row["count"], means)
         self.checks = [check for check in state["checks"] if check["step"] <= step]

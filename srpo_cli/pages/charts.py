@@ -37,13 +37,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """One series of a curve: ``y`` over ``x``, both (N,), and where there is one its band."""
+    """One series of a curve: ``y`` over ``x``, both (N,), and where there is one its band; ``points`` get a shape."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    points: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -168,15 +169,17 @@ def curve(
     corridor: tuple[float, float] | None = None,
     marks: Sequence[Event] = (),
 ) -> Markup:
-    """Lines over a common axis, with bands where they have them, and a legend of names below. Gaps stay gaps.
+    """Lines over a common axis, with bands where they have them. Gaps stay gaps; several lines have a legend below.
 
     ``corridor`` shades the values between its two ends over the whole width, ``marks`` are upright lines.
     """
     height = 180
     values = [v for line in lines for of_line in (line.y, line.low or (), line.high or ()) for v in of_line]
-    x_axis = axis_of([*(x for line in lines for x in line.x), *(mark.x for mark in marks)], 44, WIDTH - 8, 5)
-    y_axis = axis_of([*values, *(corridor or ())], height, 18, 4)
-    parts = [_corridor(corridor, y_axis)] if corridor else []
+    points = [point for line in lines for point in line.points]
+    steps = [*(x for line in lines for x in line.x), *(x for x, _ in points), *(mark.x for mark in marks)]
+    x_axis = axis_of(steps, 44, WIDTH - 8, 5)
+    y_axis = axis_of([*values, *(y for _, y in points), *(corridor or ())], height, 18, 4)
+    parts = [_corridor(corridor, y_axis)] if corridor and _finite(*corridor) else []
     parts += [_x_axis(x_axis, height), *(_event(mark, x_axis.at(mark.x), height) for mark in marks)]
     for tick in y_axis.ticks:
         y = y_axis.at(tick)
@@ -186,11 +189,12 @@ def curve(
     parts.append(f'<text class="name" x="{WIDTH - 8}" y="{height + 34}" text-anchor="end">{_safe(x_title)}</text>')
     for i, line in enumerate(lines):
         parts += _curve_line(line, i % SERIES, x_axis, y_axis)
-    for i, line in enumerate(lines):
+    legend = lines if len(lines) > 1 else []
+    for i, line in enumerate(legend):
         y = height + 50 + 16 * i
         parts.append(f'<g class="s{i % SERIES}">{_line("path", 44, y, 68, y, _DASHES[i % SERIES])}</g>')
         parts.append(f'<text class="label" x="76" y="{y}">{_safe(_short(line.name, 44))}</text>')
-    return _svg(parts, height + 46 + 16 * len(lines), title)
+    return _svg(parts, height + 46 + 16 * len(legend), title)
 
 
 def shape(series: int, x: float = 6, y: float = 6, size: float = 4.2) -> Markup:
@@ -248,6 +252,7 @@ def _curve_line(line: Line, series: int, x_axis: Axis, y_axis: Axis) -> list[str
         pen = "L"
     dash = f' stroke-dasharray="{_DASHES[series]}"' if _DASHES[series] else ""
     parts.append(f'<path class="path s{series}" d="{" ".join(path)}"{dash}><title>{_safe(line.name)}</title></path>')
+    parts += [shape(series, x_axis.at(x), y_axis.at(y), 3.2) for x, y in line.points if _finite(x, y)]
     return parts
 
 

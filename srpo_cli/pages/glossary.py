@@ -8,7 +8,7 @@ from typing import Any
 
 DIRECTIONS = {"higher": "higher is better", "lower": "lower is better"}
 
-_MEASURES = {
+MEASURES = {
     "photo_distance": "How far the statistics of the pictures (grain, saturation, spectrum, highlights and others) are "
     "from those of the renderer's own photographs of the same prompts, in spreads of the photographs. Too much counts "
     "like too little.",
@@ -84,7 +84,7 @@ READING = {
 
 def meaning(measure: Mapping[str, Any]) -> str:
     """What a measure is: the words kept here, else its own note, else that it is a reward of that name."""
-    known = _look_up(_MEASURES, measure["name"])
+    known = _look_up(MEASURES, measure["name"])
     return known or measure["note"] or f"The reward {measure['name']}."
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from PIL import Image
 
 from srpo_cli.pages.charts import Event, Line, curve
 from srpo_cli.pages.frame import asset, policy, templates
-from srpo_cli.pages.writing import number
-from srpo_cli.runtime.folder import CONFIG, SUMMARY, disk_errors, write_atomically
+from srpo_cli.pages.glossary import MEASURES
+from srpo_cli.pages.writing import NONE, interval, is_number, listed, number
+from srpo_cli.runtime.folder import CONFIG, SUMMARY, RunFolder, disk_errors, write_atomically
 
 REPORT = "report.html"
 
-_WIDEST = 1200  # pixels of a sheet in the page
+_EMBEDDED = 1_500_000  # characters that the main sheets may take in the page, and all others together
+_WIDTHS = (1200, 900, 600, 400, 250, 150)  # pixels of a sheet: the widest at which they do
+_SHEETS = 24  # of a long run, evenly spaced
 _QUALITY = 85
 _STEP = re.compile(r"step-(\d+)\.png")
 
@@ -43,13 +46,22 @@ MEANINGS = {
 }
 """What each signal is; one of a held-out reward has that reward's name and a slash before it."""
 
+_RECORDED = {
+    "photo_distance": "The miniature's oracle: distance of recent rollouts from photographs. Not seen by the guard.",
+    "loss": "What the run minimised.",
+    "grad_norm": "Length of the gradient before it is clipped.",
+}
+"""What is shown of a run's records besides the signals."""
+
 
 def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
     """Write ``report.html`` into a run's folder and return its path; it holds all that it shows.
 
     Args:
-        folder: of the run, with its configuration, samples and, of a run that has ended, summary.
+        folder: of the run, with its configuration, records, samples and, of a run that has ended, summary.
         guard: what ``guard.json`` holds.
+
+    SrpoError where the folder cannot be read or written.
     """
     environment = templates()
     style, script = (asset(environment, name) for name in ("style.css", "page.js"))
@@ -57,7 +69,7 @@ def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
         config = yaml.safe_load((folder / CONFIG).read_text())
         summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else None
         sheets = _sheets(folder / "samples", guard)
-    best, stopped = guard["best"], guard["stopped"]
+        records = RunFolder(folder).records()
     page = environment.get_template("training.html.j2").render(
         name=folder.resolve().name,
         method=config["algorithm"]["name"],
@@ -66,10 +78,12 @@ def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
         guard=guard,
         steps=summary["steps"] if summary else _last_step(guard),
         summary=summary,
-        heading=_heading(best, stopped, guard),
+        heading=_heading(guard),
+        verdict=_verdict(guard, summary),
         command=f"srpo sample PROMPT --model {shlex.quote(str(folder))}",
         axes=_axes(guard),
         signals=_signals(guard),
+        recorded=_recorded(records, guard),
         checkpoints=_checkpoints(guard),
         figures=_figures(summary),
         sheets=sheets,
@@ -81,14 +95,79 @@ def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
     return folder / REPORT
 
 
-def _heading(best: Mapping[str, Any] | None, stopped: Mapping[str, Any] | None, guard: Mapping[str, Any]) -> str:
+def _heading(guard: Mapping[str, Any]) -> str:
+    best, stopped, collapsed = guard["best"], guard["stopped"], guard["collapsed"]
     if best is None and guard["checkpoints"]:
         return "No checkpoint is better than the base model"
     if best is None:
         return "The checkpoints could not be ranked"
-    if stopped:
-        return f"Stopped at step {stopped['step']}; step {best['step']} is the best"
+    if collapsed:
+        return f"{'Stopped' if stopped else 'Collapsed'} at step {collapsed['step']}; step {best['step']} is the best"
     return f"Step {best['step']} is the best"
+
+
+def _verdict(guard: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, str]:
+    """Plain sentences: what happened, how the run ended, which checkpoint to use, and who judged."""
+    return {
+        "happened": _happened(guard),
+        "ended": _ended(summary),
+        "choice": _choice(guard),
+        "judges": _judges(guard),
+    }
+
+
+def _happened(guard: Mapping[str, Any]) -> str:
+    collapsed, out = guard["collapsed"], ", ".join(warning["signal"] for warning in guard["warnings"])
+    if collapsed:
+        signals = ", ".join(collapsed["signals"])
+        then = "training was stopped" if guard["stopped"] else f"training went on: guard.action is {guard['action']}"
+        return (
+            f"The run collapsed at step {collapsed['step']}: {signals} left the corridor between the base model and "
+            f"what it was asked for, and {then}."
+        )
+    if out:
+        return f"No collapse, which takes two kinds of signals at one check, but {out} left the corridor."
+    if not guard["checks"]:
+        return "Nothing that was watched left its corridor, but no check was made: whether the run hacked is not known."
+    return f"Nothing that was watched left its corridor, at any of {len(guard['checks'])} checks."
+
+
+def _ended(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return "The run has no summary: it was not over when this page was written."
+    reached = summary.get("stopped_by") == "target"
+    return "It ended because the semantic gap had reached its target." if reached else ""
+
+
+def _choice(guard: Mapping[str, Any]) -> str:
+    best, collapsed = guard["best"], guard["collapsed"]
+    if best is None and guard["checkpoints"]:
+        return "No checkpoint is clearly nearer to where it should be than the untrained model is: use the base model."
+    if best is None and any(signal["axis"] for signal in guard["signals"]):
+        return "There was no checkpoint to rank, or no picture near one."
+    if best is None:
+        return (
+            "Checkpoints were not ranked: asked for the positive word, the base model draws much the same, so that "
+            "nothing says which way is better."
+        )
+    distances = [place["distance"] for place in guard["checkpoints"] if is_number(place["distance"])]
+    if best["distance"] > min(distances, default=math.inf):
+        text = f"Step {best['step']} is the last, and no other checkpoint is clearly nearer to where it should be."
+    else:
+        text = f"Of the checkpoints that were kept, that of step {best['step']} is nearest to where it should be."
+    if collapsed and best["step"] >= collapsed["step"]:
+        text += " None from before the collapse is as near: look at its pictures before using it."
+    return text
+
+
+def _judges(guard: Mapping[str, Any]) -> str:
+    rewards = {signal["name"].rpartition("/")[0] for signal in guard["signals"]} - {""}
+    if rewards:
+        return f"The guard judged by picture statistics and rewards; nothing was trained on {listed(sorted(rewards))}."
+    return (
+        "The guard judged by picture statistics and the reward itself: no second reward was watched (guard.rewards "
+        "names some), so that what this reward cannot see was seen by statistics alone."
+    )
 
 
 def _last_step(guard: Mapping[str, Any]) -> int:
@@ -107,22 +186,23 @@ def _events(guard: Mapping[str, Any], signal: str | None = None) -> list[Event]:
 
 
 def _axes(guard: Mapping[str, Any]) -> str | None:
-    """Progress of the rollouts along each axis that ranks; None without an axis."""
-    lines = []
+    """Progress of the rollouts along each axis that ranks, with the checkpoints on it; None without an axis."""
+    lines, steps = [], guard["series"]["step"]
     for signal in guard["signals"]:
         if signal["axis"]:
-            way = signal["asked"] - signal["base"]
-            progress = [(_number(value) - signal["base"]) / way for value in guard["series"][signal["name"]]]
-            lines.append(Line(signal["name"], guard["series"]["step"], progress))
+            name, way = signal["name"], signal["asked"] - signal["base"]
+            progress = [(_number(value) - signal["base"]) / way for value in guard["series"][name]]
+            points = [(place["step"], _number(place["axes"].get(name))) for place in guard["checkpoints"]]
+            lines.append(Line(name, steps, progress, points=points))
     if not lines:
         return None
-    steps = guard["series"]["step"] or [0]
-    reach = Line("the end of the way", [steps[0], steps[-1]], [guard["reach"]] * 2)
+    ends = [min(steps, default=0), max(steps, default=0)]
+    reach = Line("the end of the way", ends, [guard["reach"]] * 2)
     return curve([*lines, reach], "Progress of the rollouts", "step", "way to the asked pictures", marks=_events(guard))
 
 
 def _signals(guard: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A card for each signal, those that have crossed first."""
+    """A card for each signal, crossed ones first; points of its chart are the checks' means, or the panel's."""
     crossed = {warning["signal"]: warning["step"] for warning in guard["warnings"]}
     cards = []
     for signal in guard["signals"]:
@@ -130,18 +210,39 @@ def _signals(guard: Mapping[str, Any]) -> list[dict[str, Any]]:
         if signal["source"] == "panel":
             seen = [(row["step"], row[name]) for row in guard["panel"] if name in row]
             steps, values = [0, *(step for step, _ in seen)], [signal["base"], *(value for _, value in seen)]
+            points = [(step, _number(value)) for step, value in seen]
         else:
             steps, values = guard["series"]["step"], guard["series"][name]
-        line = Line(name, steps, [_number(value) for value in values])
-        ends = signal["low"], signal["high"]
-        chart = curve([line], f"{name} over the steps", "step", name, corridor=ends, marks=_events(guard, name))
-        own = name.rpartition("/")[2]
-        held_out = name.rpartition("/")[0]
+            points = [(check["step"], _number(check["values"].get(name))) for check in guard["checks"]]
+        line = Line(name, steps, [_number(value) for value in values], points=points)
+        ends = _number(signal["low"]), _number(signal["high"])
+        chart = curve([line], _aloud(signal, points, crossed), "step", "", corridor=ends, marks=_events(guard, name))
+        held_out, _, own = name.rpartition("/")
         meaning = MEANINGS.get(own, "")
         if held_out:
             meaning = f"Of {held_out}, which nothing is trained on. {meaning}"
         cards.append({**signal, "chart": chart, "meaning": meaning, "crossed": crossed.get(name)})
     return sorted(cards, key=lambda card: (card["crossed"] is None, card["crossed"] or 0))
+
+
+def _aloud(signal: Mapping[str, Any], points: Sequence[tuple[int, float]], crossed: Mapping[str, int]) -> str:
+    """A signal's chart in words, for those who do not see it."""
+    name = signal["name"]
+    ends = f"its corridor is {number(signal['low'])} to {number(signal['high'])}"
+    last = f", and it ends at {number(points[-1][1])}" if points else ""
+    out = f", out of it at step {crossed[name]}" if name in crossed else ""
+    return f"{name} over the steps: it begins at {number(signal['base'])}{last}; {ends}{out}"
+
+
+def _recorded(records: Sequence[Mapping[str, Any]], guard: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A card for each figure of the run's records that has values."""
+    cards = []
+    for name, meaning in _RECORDED.items():
+        steps, values = [record["step"] for record in records], [_number(record.get(name)) for record in records]
+        if any(map(is_number, values)):
+            chart = curve([Line(name, steps, values)], f"{name} over the steps", "step", "", marks=_events(guard))
+            cards.append({"name": name, "meaning": meaning, "chart": chart})
+    return cards
 
 
 def _checkpoints(guard: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -157,17 +258,19 @@ def _checkpoints(guard: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _figures(summary: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
-    """Base and tuned figures of the evaluation, each with its interval."""
-
-    def told(interval: Mapping[str, float]) -> str:
-        low, high = number(interval["low"], 3), number(interval["high"], 3)
-        return f"{number(interval['mean'], 3)} [{low}, {high}]"
-
+def _figures(summary: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    """Name, meaning, and base and tuned figures of the evaluation, each with its interval."""
     if not summary:
         return []
     tuned = summary["tuned"]
-    return [(name.replace("_", " "), told(value), told(tuned[name])) for name, value in summary["base"].items()]
+    return [
+        (name.replace("_", " "), MEASURES.get(name) or MEANINGS.get(name, ""), _told(base), _told(tuned.get(name, {})))
+        for name, base in summary["base"].items()
+    ]
+
+
+def _told(figure: Mapping[str, float]) -> str:
+    return f"{number(figure.get('mean'))} {interval(figure)}" if is_number(figure.get("mean")) else NONE
 
 
 def _sheets(folder: Path, guard: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -176,16 +279,16 @@ def _sheets(folder: Path, guard: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not found:
         return []
     best = guard["best"] and guard["best"]["step"]
-    first = dict.fromkeys(step for step in (0, best, max(found)) if step in found)
-    order = [*first, *(step for step in sorted(found) if step not in first)]
+    first = list(dict.fromkeys(step for step in (0, best, max(found)) if step in found))
+    others = [step for step in sorted(found) if step not in first]
+    room = _SHEETS - len(first)
+    if len(others) > room:
+        others = [others[i * len(others) // room] for i in range(room)]
+    order = [*first, *others]
+    sources = [source for steps in (first, others) for source in _embedded([found[step] for step in steps])]
     return [
-        {
-            "step": step,
-            "source": _embedded(found[step]),
-            "main": step in first,
-            "name": _sheet_name(step, best, max(found)),
-        }
-        for step in order
+        {"step": step, "source": source, "main": step in first, "name": _sheet_name(step, best, max(found))}
+        for step, source in zip(order, sources, strict=True)
     ]
 
 
@@ -194,13 +297,30 @@ def _sheet_name(step: int, best: int | None, last: int) -> str:
     return f"Step {step}" + (f", {said[step]}" if step in said else "")
 
 
-def _embedded(path: Path) -> str:
-    """A picture as a data URI, no larger than a page shows it."""
+def _embedded(paths: Sequence[Path]) -> list[str]:
+    """Pictures as data URIs: as wide as the page shows them or, where they are many, as leaves it small."""
+    pictures = [_opened(path) for path in paths]
+    for width in _WIDTHS:
+        sources = [_data_uri(picture, width) for picture in pictures]
+        if sum(map(len, sources)) <= _EMBEDDED:
+            break
+    return sources
+
+
+def _opened(path: Path) -> Image.Image:
     with Image.open(path) as picture:
-        shown = picture.convert("RGB")
-    shown.thumbnail((_WIDEST, 4 * _WIDEST))
+        return _within(picture.convert("RGB"), _WIDTHS[0])
+
+
+def _within(picture: Image.Image, width: int) -> Image.Image:
+    smaller = picture.copy()
+    smaller.thumbnail((width, 4 * width))
+    return smaller
+
+
+def _data_uri(picture: Image.Image, width: int) -> str:
     buffer = io.BytesIO()
-    shown.save(buffer, "WEBP", quality=_QUALITY)
+    _within(picture, width).save(buffer, "WEBP", quality=_QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

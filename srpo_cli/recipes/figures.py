@@ -42,16 +42,23 @@ class Figures:
         held_out = [f"{name}/{own}" for name, reward in self.held_out.items() for own in self._names(reward, gap=True)]
         return [*STATISTICS, CLIPPING, *self._names(self.trained, gap=False), *held_out]
 
+    def captions(self, prompts: Sequence[str]) -> list[Sequence[str]]:
+        """What the trained reward is asked about pictures of these prompts: the prompts, then wrong captions."""
+        return [prompts, [self._wrong[prompt] for prompt in prompts]] if self._reads(self.trained) else [prompts]
+
     @torch.no_grad()
-    def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Figures of pictures, (B, 3, H, W) in [0, 1] -> (B, len(names)) float32 on their device."""
+    def measure(self, images: Tensor, prompts: Sequence[str], rewards: Sequence[Tensor] | None = None) -> Tensor:
+        """Figures of pictures, (B, 3, H, W) in [0, 1] -> (B, len(names)) float32 on their device.
+
+        ``rewards`` are the trained reward's for :meth:`captions`, where somebody has asked already.
+        """
         images = images.float()
         clipped = ((images <= 1 / 255) | (images >= 254 / 255)).float().mean((1, 2, 3))
         # Most pictures clip nothing and a few much: on a logarithm their mean is not that of the few.
         columns = [*picture_statistics(images, self.grid).unbind(1), (clipped + 1e-3).log()]
-        columns += self._judge(self.trained, images, prompts, gap=False)
+        columns += _margin(*(rewards or self.trained.scores(images, *self.captions(prompts))))
         for reward in self.held_out.values():
-            columns += self._judge(reward, images, prompts, gap=True)
+            columns += self._judge(reward, images, prompts)
         return torch.stack([column.to(images.device, torch.float32) for column in columns], 1)
 
     def _reads(self, reward: Reward) -> bool:
@@ -64,11 +71,16 @@ class Figures:
             if gap:
                 yield GAP
 
-    def _judge(self, reward: Reward, images: Tensor, prompts: Sequence[str], gap: bool) -> list[Tensor]:
-        """The reward itself, how much higher it is than with a wrong caption, and the gap of the control words."""
+    def _judge(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        """A held-out reward itself, how much higher it is than with a wrong caption, and the gap of the words."""
         images = images.to(reward.device)
         if not self._reads(reward):
             return [reward.scores(images, prompts)[0]]
-        texts = [self.words.texts(word, prompts) for word in self.words.all] if gap else []
-        own, wrong, *terms = reward.scores(images, prompts, [self._wrong[prompt] for prompt in prompts], *texts)
-        return [own, own - wrong, *([self.words.gap(terms)] if gap else [])]
+        wrong = [self._wrong[prompt] for prompt in prompts]
+        texts = [self.words.texts(word, prompts) for word in self.words.all]
+        own, other, *terms = reward.scores(images, prompts, wrong, *texts)
+        return [*_margin(own, other), self.words.gap(terms)]
+
+
+def _margin(own: Tensor, *wrong: Tensor) -> list[Tensor]:
+    return [own, *(own - other for other in wrong)]

@@ -258,10 +258,10 @@ class Guard:
         drawn = [one for of_rank in self.ranks.gather(share) for one in of_rank]
         return torch.cat([thumbnails for thumbnails, _ in drawn]), torch.cat([rows for _, rows in drawn])
 
-    def measure(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def measure(self, images: Tensor, prompts: Sequence[str], rewards: Sequence[Tensor]) -> Tensor:
         """Figures of fresh rollouts' pictures, see :meth:`Figures.measure`."""
         with self.timed():
-            return self.figures.measure(images, prompts)
+            return self.figures.measure(images, prompts, rewards)
 
     # --- watching -------------------------------------------------------------------------------------------------
 

@@ -673,14 +673,16 @@ class Run:
     def _measure(self) -> tuple[dict[str, Tensor], Tensor | None]:
         """Reward and gap of the fresh rollouts' own pictures as this rank's share of their means; photo distance."""
         pictures = [self.drawing.decode(rollout.x_0) for rollout in self.rollouts]
+        watched = self.guard.watch is not None and not self.encoded
         self.gaps, rewards, figures = [], [], []
         for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
             draws = self._generators("gap augmentation", numbers)
-            reward, gap = self.algorithm.measure(images, rollout.prompts, generator=draws)
-            rewards.append(reward)
+            captions = self.guard.figures.captions(rollout.prompts) if watched else [rollout.prompts]
+            *own, gap = self.algorithm.measure(images, *captions, generator=draws)
+            rewards.append(own[0])
             self.gaps.append(gap)
-            if self.guard.watch and not self.encoded:
-                figures.append(self.guard.measure(images, rollout.prompts))
+            if watched:
+                figures.append(self.guard.measure(images, rollout.prompts, own))
         self.ledger.rollouts += self.batch
         self.ledger.reward_calls += 2 * self.batch
         if not self.encoded:
@@ -908,9 +910,18 @@ class Run:
     # --- after ----------------------------------------------------------------------------------------------------
 
     def conclude(self, stop: StopRequest) -> dict[str, Any] | None:
-        """Measure the tuned model, draw before and after, and write the summary; on rank 0, unless stopped."""
+        """Measure the tuned model, draw before and after, and write the summary; on rank 0, unless stopped.
+
+        The guard's page is written in any case.
+        """
         with self.ranks.together(), self._as_measured():
-            return stop.unless_asked(self._finish) if self.ranks.leads else None
+            if not self.ranks.leads:
+                return None
+            summary = stop.unless_asked(self._finish)
+            if self.guard.watch:
+                self.guard.write(self._seconds)
+                write_training_report(self.folder.path, self.guard.to_json(self._seconds))
+            return summary
 
     def _finish(self) -> dict[str, Any]:
         best = self._rank_checkpoints(ended=True)
@@ -930,9 +941,6 @@ class Run:
             plan=self.plan.name,
         )
         self.folder.write_json(SUMMARY, summary)
-        if self.guard.watch:
-            self.guard.write(self._seconds)
-            write_training_report(self.folder.path, self.guard.to_json(self._seconds))
         return summary
 
     def _go_back_to(self, step: int) -> int:

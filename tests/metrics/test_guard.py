@@ -110,19 +110,20 @@ def test_the_trend_looks_no_further_than_its_width_but_where_the_series_ends():
 
 def test_a_signal_is_told_once_and_two_families_end_the_run():
     guard = watch(signal(), signal("sgp_gap", "words"))
-    for step in range(15):
+    told = []
+    for step in range(20):
+        if step and step % 5 == 0:
+            told.append([one.name for one in guard.check(step)])
         guard.note(step, 8, {"saturation": 9.0 if step >= 5 else 0.0, "sgp_gap": 9.0 if step >= 10 else 0.0})
-    assert guard.check(5) == []
-    assert [one.name for one in guard.check(9)] == ["saturation"]
-    assert guard.collapsed is None
-    assert [one.name for one in guard.check(15)] == ["sgp_gap"]
+    assert told == [[], ["saturation"], ["sgp_gap"]]
     assert guard.collapsed == {"step": 15, "signals": ["saturation", "sgp_gap"]}
-    assert [warning["step"] for warning in guard.warnings] == [9, 15]
+    assert [warning["step"] for warning in guard.warnings] == [10, 15]
 
 
 def test_a_check_weighs_means_by_their_pictures_and_looks_at_those_since_the_last():
     guard = watch(signal(), every=5)
     guard.note(1, 8, {"saturation": 50.0})
+    guard.check(5)
     guard.note(6, 10, {"saturation": 1.0})
     guard.note(8, 30, {"saturation": 2.0})
     guard.check(10)
@@ -132,7 +133,15 @@ def test_a_check_weighs_means_by_their_pictures_and_looks_at_those_since_the_las
 def test_nothing_noted_nothing_tested():
     guard = watch(signal())
     assert guard.check(5) == []
-    assert guard.checks == [{"step": 5, "values": {}, "z": {}, "crossed": []}]
+    assert guard.checks == [{"step": 5, "values": {}, "z": {}, "crossed": [], "tested": 0}]
+
+
+def test_what_has_been_tested_is_not_tested_again():
+    guard = watch(signal("diversity", "panel", source="panel"), every=5)
+    guard.note(5, 4, {"diversity": 0.1})
+    guard.check(5)
+    guard.check(10)
+    assert [check["values"] for check in guard.checks] == [{"diversity": 0.1}, {}]
 
 
 def overshooting(guard, slope=0.1, steps=30):

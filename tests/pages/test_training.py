@@ -2,12 +2,16 @@
 
 import copy
 import json
+import math
 import re
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from srpo_cli.metrics.guard import Signal, Watch
+from srpo_cli.pages import training
 from srpo_cli.pages.training import MEANINGS, write_training_report
 
 CONFIG = {"algorithm": {"name": "srpo"}, "reward": {"name": "miniature"}, "model": {"name": "miniature"}}
@@ -143,3 +147,144 @@ def test_every_signal_of_a_guard_has_a_meaning():
     from srpo_cli.recipes import guard
 
     assert {*guard._LOOK, guard.CAPTION_MARGIN, guard.REWARD, guard.GAP, "statistics"} <= {*MEANINGS}
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def chart_of(text, anchor):
+    start = text.index("<svg", text.index(anchor))
+    return ElementTree.fromstring(text[start : text.index("</svg>", start) + len("</svg>")])
+
+
+def points_of(chart):
+    """Centres of the circles, which the first series has."""
+    return [(float(c.get("cx")), float(c.get("cy"))) for c in chart.iter(f"{SVG}circle") if c.get("class") == "dot s0"]
+
+
+def test_the_checkpoints_are_marked_where_they_are_on_the_way(collapsed, page):
+    chart = chart_of(page(collapsed), 'class="beside"')
+    points = points_of(chart)
+    assert len(points) == len(collapsed["checkpoints"]) == 4
+    squares = [p for p in chart.iter(f"{SVG}polygon") if p.get("class") == "dot s1"]
+    assert len(squares) == 4  # of the second axis
+    (x, y), (x_2, y_2) = points[0], points[1]
+    first, second = collapsed["checkpoints"][:2]
+    ticks = {float(t.text): float(t.get("y")) for t in chart.iter(f"{SVG}text") if t.get("x") == "38"}
+    scale = (ticks[1.0] - ticks[0.0]) / 1.0
+    moved = second["axes"]["statistics"] - first["axes"]["statistics"]
+    assert y_2 - y == pytest.approx(scale * moved, abs=0.3)
+    assert x_2 > x
+
+
+def test_the_way_is_shown_where_no_checkpoint_is_on_it(collapsed, page):
+    text = page(collapsed | {"checkpoints": [], "best": None})
+    assert "There was no checkpoint to rank" in text
+    assert points_of(chart_of(text, 'class="beside"')) == []
+    assert 'aria-label="Checkpoints"' not in text
+
+
+def test_the_points_of_a_signal_are_what_its_checks_tested(collapsed, page):
+    chart = chart_of(page(collapsed), 'data-signal="statistics"')
+    tested = [check["values"]["statistics"] for check in collapsed["checks"]]
+    heights = [y for _, y in points_of(chart)]
+    assert len(heights) == len(tested) == 4
+    steps = np.diff(heights) / np.diff(tested)  # pixels of 1, which is the same all over
+    assert steps == pytest.approx([steps[0]] * 3, rel=0.01)
+
+
+def test_a_collapse_that_did_not_stop_the_run_is_in_its_heading(collapsed, page):
+    step, best = collapsed["collapsed"]["step"], collapsed["best"]["step"]
+    guard = collapsed | {"stopped": None, "action": "warn"}
+    text = page(guard)
+    assert headings(text, 1) == [f"Collapsed at step {step}; step {best} is the best"]
+    assert "training went on: guard.action is warn" in text
+    assert "before the collapse is as near" not in text
+    late = guard | {"best": {**guard["best"], "step": step}}
+    assert "None from before the collapse is as near: look at its pictures" in page(late)
+
+
+def test_the_last_checkpoint_is_not_called_the_nearest_where_another_one_is(collapsed, page):
+    places = [{"step": 5, "distance": 0.10, "axes": {}}, {"step": 10, "distance": 0.15, "axes": {}}]
+    guard = collapsed | {"collapsed": None, "stopped": None, "checkpoints": places, "best": places[1]}
+    text = page(guard)
+    assert "Step 10 is the last, and no other checkpoint is clearly nearer" in text
+    assert "that of step 10 is nearest" not in text
+    assert "that of step 5 is nearest to where it should be" in page(guard | {"best": places[0]})
+
+
+def test_what_judged_is_said_and_so_is_that_no_second_reward_did(collapsed, page):
+    assert "nothing was trained on miniature:clip." in page(collapsed)
+    signals = [{**signal, "axis": False} for signal in collapsed["signals"] if "/" not in signal["name"]]
+    assert "no second reward was watched" in page(collapsed | {"signals": signals})
+
+
+def test_a_run_without_a_check_is_not_called_healthy(collapsed, page):
+    quiet = collapsed | {"warnings": [], "collapsed": None, "stopped": None}
+    assert "is not known" not in page(quiet)
+    assert "no check was made: whether the run hacked is not known" in page(quiet | {"checks": []})
+
+
+def test_what_the_guard_did_not_see_is_shown_apart(collapsed, page, tmp_path):
+    assert 'id="training"' not in page(collapsed)
+    rows = [{"step": i, "loss": 0.1 * i, "photo_distance": None, "grad_norm": math.nan} for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    section = page(collapsed).partition('id="training"')[2].partition("</section>")[0]
+    assert headings(section, 3) == ["loss"]  # the others have no figure
+
+
+def test_nothing_that_is_not_a_number_gets_into_a_chart(collapsed, page):
+    guard = copy.deepcopy(collapsed)
+    for name in ("statistics", "sgp_gap"):
+        guard["series"][name][::2] = [None] * len(guard["series"][name][::2])
+        guard["checks"][0]["values"][name] = math.nan
+    guard["checks"][1]["z"]["statistics"] = math.inf
+    guard["signals"][2] |= {"low": None, "high": None}
+    guard["checkpoints"][0]["axes"]["statistics"] = None
+    text = page(guard)
+    assert not re.search(r'[="\s](nan|inf|None)\b', "".join(re.findall(r"<svg.*?</svg>", text, re.S)))
+    assert len(points_of(chart_of(text, 'data-signal="statistics"'))) == 3
+
+
+def test_many_sheets_are_thinned_and_made_smaller(collapsed, page, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_EMBEDDED", 250_000)
+    (tmp_path / "samples").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    for step in range(0, 400, 5):
+        Image.fromarray(noise).save(tmp_path / "samples" / f"step-{step:06d}.png")
+    text = page(collapsed, sheets=())
+    sources = re.findall(r'src="(data:[^"]+)"', text)
+    assert len(sources) == 24
+    assert sum(map(len, sources[3:])) <= 250_000
+    assert len(sources[0]) > 4 * len(sources[3])  # the main ones keep their size
+    steps = [int(step) for step in re.findall(r"<figcaption>Step (\d+)", text)]
+    assert steps[:3] == [0, collapsed["best"]["step"], 395]
+    assert max(np.diff(steps[3:])) <= 25  # evenly
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_shows_the_page_without_scrolling_it_sideways(browser, collapsed, page, tmp_path, dark):
+    page(collapsed, sheets=(0, 5, 10, 15, 20, 25, 30))
+    driver = browser(390, 800, dark)
+    driver.get((tmp_path / "report.html").as_uri())
+    assert driver.get_log("browser") == []  # the policy of the page lets its own style and script in
+    driver.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    assert driver.execute_script("return [...document.images].every((each) => each.naturalWidth > 0)")
+
+
+def test_the_other_steps_are_a_strip_that_keys_move_and_paper_unrolls(browser, collapsed, page, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    page(collapsed, sheets=(0, 5, 10, 15, 20, 25, 30))
+    driver = browser(900, 800)
+    driver.get((tmp_path / "report.html").as_uri())
+    driver.execute_script("document.querySelector('#pictures details').open = true")
+    strip = driver.find_element("css selector", ".film")
+    assert strip.get_property("scrollWidth") > strip.get_property("clientWidth")
+    strip.send_keys(Keys.END)
+    strip.send_keys(Keys.ARROW_RIGHT * 10)
+    moved = "const done = arguments[1]; setTimeout(() => done(arguments[0].scrollLeft), 500)"
+    assert driver.execute_async_script(moved, strip) > 0
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert strip.get_property("scrollWidth") <= strip.get_property("clientWidth")
