@@ -57,7 +57,13 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="If not given float32 for a LoRA, else what the run computed in."),
 ]
 CheckpointOption = Annotated[
-    int | None, typer.Option("--checkpoint", metavar="STEP", min=0, help="Which one; if not given the best.")
+    int | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="STEP",
+        min=0,
+        help="Which one; if not given the best, the last where the run's guard knows none.",
+    ),
 ]
 NoEmaOption = Annotated[
     bool, typer.Option("--no-ema", help="The weights themselves where the run kept their moving average.")

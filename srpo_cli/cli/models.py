@@ -17,7 +17,12 @@ if TYPE_CHECKING:  # commands import it when they are called, like all of its ro
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="Base model, run, checkpoint, tuned transformer or LoRA."),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Base model, run, checkpoint, tuned transformer or LoRA. Of a run its best checkpoint is taken, the last "
+        "where its guard knows none; RUN/checkpoints/step-000060 names another.",
+    ),
 ]
 BaseOption = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="What a transformer or LoRA is for.")]
 

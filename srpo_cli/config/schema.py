@@ -610,7 +610,7 @@ class CheckpointConfig(Section):
     """What a run keeps to go on from."""
 
     every: Whole = Field(10, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: Whole = Field(2, ge=1, description="checkpoints that are kept, the newest ones")
+    keep: Whole = Field(2, ge=1, description="checkpoints that are kept, the newest ones; the best one is kept besides")
 
 
 class GuardConfig(Section):

@@ -42,7 +42,14 @@ from srpo_cli.models.flux_files import (
 from srpo_cli.models.flux_lora import linear_layers
 from srpo_cli.models.quantised import is_modulation
 from srpo_cli.recipes.model_card import Base, model_card, title
-from srpo_cli.runtime.checkpoints import EMA, Checkpoint, find_checkpoint, list_checkpoints, save_shards
+from srpo_cli.runtime.checkpoints import (
+    EMA,
+    Checkpoint,
+    best_checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    save_shards,
+)
 from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.folder import CONFIG, SUMMARY, RunFolder, disk_errors
 from srpo_cli.runtime.progress import CountProgress
@@ -117,6 +124,12 @@ class Trained:
     @property
     def is_lora(self) -> bool:
         return (self.weights / LORA_FILE).is_file()
+
+    @property
+    def is_best(self) -> bool:
+        """Whether this is the checkpoint that the run's guard found best."""
+        best = best_checkpoint(self.folder.path)
+        return best is not None and best.step == self.checkpoint.step
 
     def environment(self) -> dict[str, Any]:
         """Where and by which command the run was begun, as far as it is known."""
@@ -226,6 +239,7 @@ def export(request: Request, say: Callable[[str], None] = print) -> dict[str, An
             summary=trained.summary(),
             start=_start(trained, form),
             remarks=job.remarks,
+            best=trained.is_best,
         )
         (folder / CARD).write_text(card, encoding="utf-8")
     for remark in job.remarks:

@@ -89,6 +89,7 @@ def model_card(
     summary: Mapping[str, Any] | None,
     start: Path | None = None,
     remarks: Sequence[str] = (),
+    best: bool = False,
 ) -> str:
     """The card's text, front matter first.
 
@@ -100,6 +101,7 @@ def model_card(
         summary: the run's ``summary.json`` where its figures are those of these weights.
         start: transformer that a LoRA goes onto; None: the pipeline's own.
         remarks: what else a user of the weights must know, a sentence or two each.
+        best: whether the weights are those of the run's best checkpoint, as its guard ranks them.
     """
     adapter = _is_adapter(result)
     data = ModelCardData(
@@ -119,7 +121,7 @@ def model_card(
         "## Load it",
         _how_to_load(config, base, result, start),
         "## How it was made",
-        _how_it_was_made(config, result, environment),
+        _how_it_was_made(config, result, best, environment),
         "```sh\n" + "\n".join(commands) + "\n```",
         "## Measured",
         _measured(base, result, summary),
@@ -225,7 +227,7 @@ def _is_adapter(result: Mapping[str, Any]) -> bool:
     return result["format"] in ("lora", "extract")
 
 
-def _how_it_was_made(config: TrainConfig, result: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+def _how_it_was_made(config: TrainConfig, result: Mapping[str, Any], best: bool, environment: Mapping[str, Any]) -> str:
     words, train = config.control_words, config.train
     trained = "every weight"
     if result["format"] in ("lora", "merged"):
@@ -245,6 +247,7 @@ def _how_it_was_made(config: TrainConfig, result: Mapping[str, Any], environment
         "trained": trained,
         "steps": f"{result['step']} of {train.steps}, {train.batch_size} rollout(s) each in "
         f"{environment.get('processes', 1)} process(es)",
+        **({"checkpoint": f"step {result['step']}, the run's best by held-out evidence"} if best else {}),
         "weights": weights,
         "learning rate": f"{config.optimizer.lr:g}",
         "size of rollouts": "x".join(map(str, config.model.size)),

@@ -14,7 +14,6 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from srpo_cli.runtime.folder import disk_errors
 
 TRANSFORMER, EMA, OPTIMIZER, ROLLOUTS = "transformer", "ema", "optimizer.pt", "rollouts.safetensors"
 BEST = "best"
-"""A run's link to the checkpoint that its guard found best."""
+"""A run's relative link to the checkpoint that its guard found best; where links cannot be made, a text file of it."""
 _FILE_BYTES = 10 * 10**9
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -212,24 +211,36 @@ def _remove(path: Path) -> None:
 
 
 def link_best(run: Path, checkpoint: Checkpoint | None) -> None:
-    """Point the symbolic link ``best`` of a run's folder to a checkpoint of it; None: remove it.
+    """Point ``best`` of a run's folder to a checkpoint of it, or move it there, at once; None: remove it.
 
-    Where there are no symbolic links, nothing points to it.
+    It is a relative symbolic link. On a file system that has none it is a text file that holds the same path, which
+    only a run's folder is looked up by: ``best`` itself cannot be named as a checkpoint there.
     """
-    link = run / BEST
-    if checkpoint is None:
-        link.unlink(missing_ok=True)
-        return
-    temporary = run / f".{BEST}.tmp"
-    with suppress(OSError):
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(checkpoint.path.relative_to(run), target_is_directory=True)
+    link, temporary = run / BEST, run / f".{BEST}.tmp"
+    with disk_errors(run):
+        if link.is_dir() and not link.is_symlink():  # the run was copied by what follows links
+            shutil.rmtree(link)
+        if checkpoint is None:
+            link.unlink(missing_ok=True)
+            return
+        target = checkpoint.path.relative_to(run)
+        temporary.unlink(missing_ok=True)  # of a process that was killed in here
+        try:
+            temporary.symlink_to(target, target_is_directory=True)
+        except OSError:
+            temporary.write_text(target.as_posix())
         temporary.replace(link)
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that ``path`` is, or that a run is known by: what its ``best`` points to, else the newest."""
-    return _checkpoint_at(path) or _checkpoint_at(path / BEST) or newest_checkpoint(path)
+    """The checkpoint that ``path`` is, or that a run is known by: its best if there is one, else the newest."""
+    return _checkpoint_at(path) or best_checkpoint(path) or newest_checkpoint(path)
+
+
+def best_checkpoint(run: Path) -> Checkpoint | None:
+    """The whole checkpoint that a run's ``best`` points to; None if it points to none, or there is none."""
+    link = run / BEST
+    return _checkpoint_at(run / link.read_text() if link.is_file() else link)
 
 
 def newest_checkpoint(run: Path) -> Checkpoint:

@@ -734,11 +734,15 @@ class _Price:
         return 0.0 if self.machine.is_cpu else _CONTEXT
 
     def _disk(self) -> float:
-        """Bytes of checkpoints while the newest is written and none yet removed, and of prompts that a run encodes."""
+        """Bytes of checkpoints while the newest is written and none yet removed, and of prompts that a run encodes.
+
+        A guard may keep one more, its best.
+        """
         config, trained = self.config, self._trained()
         low = 2 if self.settings.plan in ("resident", "streamed") else 0
         weights = 4 * (1 if config.train.ema is None else 2)
-        checkpoints = (config.checkpoint.keep + 1) * (weights + low + _MOMENTS[self.settings.adam]) * trained
+        kept = config.checkpoint.keep + 1 + (config.guard.action != "off")
+        checkpoints = kept * (weights + low + _MOMENTS[self.settings.adam]) * trained
         if _cache_is_off(config):
             return checkpoints
         prompts = config.train.steps * config.train.batch_size * self.machine.ranks // config.algorithm.group

@@ -34,8 +34,9 @@ class Source:
     def find(cls, name: str, base: Callable[[], str]) -> Source:
         """Read a name as a run folder, one of its checkpoints, tuned weights or a LoRA, or a base model.
 
-        Of a checkpoint the averaged weights are taken, where there are any. ``base`` is asked what tuned weights or a
-        LoRA belong to, and for nothing else.
+        Of a run its best checkpoint is taken, the newest where no best one is known; of a checkpoint the averaged
+        weights, where there are any. Weights are named by their checkpoint's own folder, since a running training
+        moves the link ``best``. ``base`` is asked what tuned weights or a LoRA belong to, and for nothing else.
         """
         path = Path(name)
         if _is_checkpoint(path.resolve().parent) and path.name in _WEIGHTS:
@@ -45,7 +46,7 @@ class Source:
 
             return cls._of_run(path, _weights_in(find_checkpoint(path).path))
         if _is_checkpoint(path):
-            return cls._of_run(path.resolve().parent.parent, _weights_in(path))
+            return cls._of_run(path.resolve().parent.parent, _weights_in(path.resolve() if path.is_symlink() else path))
         if (path / "model_index.json").is_file():
             return cls(name)
         if path.is_file() or (path.is_dir() and any(path.glob("*.safetensors"))):

@@ -172,6 +172,21 @@ def test_every_kind_of_weights_is_found(srpo, tuned, lora, elsewhere):
     assert min(difference) > 8
 
 
+def test_a_run_is_drawn_at_its_best_and_the_rows_say_which_checkpoint_that_is(srpo, tuned, elsewhere):
+    run = shutil.copytree(tuned, elsewhere / "run")
+    newer = shutil.copytree(run / "checkpoints" / "step-000002", run / "checkpoints" / "step-000003")
+    (newer / "state.json").write_text('{"step": 3}')
+
+    def drawn_with(name):
+        return Path(rows_of(srpo("sample", RED, "--model", name, *QUICK))[0]["weights"])
+
+    assert drawn_with("run") == newer / "transformer"
+    (run / "best").symlink_to("checkpoints/step-000002")
+    for name in ("run", "run/best"):
+        assert drawn_with(name) == run / "checkpoints" / "step-000002" / "transformer"
+    assert drawn_with("run/checkpoints/step-000003") == newer / "transformer"
+
+
 def test_a_checkpoint_is_found_from_inside(srpo, tuned, monkeypatch, elsewhere):
     monkeypatch.chdir(tuned / "checkpoints" / "step-000002")
     assert rows_of(srpo("sample", RED, "--model", ".", "--output", elsewhere / "out", *QUICK))

@@ -333,6 +333,21 @@ def test_any_checkpoint_can_be_had_by_its_step_or_its_folder(full_run, tmp_path)
         assert all(torch.equal(exported[name], trained[name]) for name in trained)
 
 
+@pytest.mark.parametrize("name", ["", "best"])
+def test_the_best_checkpoint_is_what_is_exported_and_the_card_says_so(lora_run, tmp_path, name):
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    newer = shutil.copytree(run / "checkpoints" / "step-000005", run / "checkpoints" / "step-000006")
+    (newer / "state.json").write_text(json.dumps({"step": 6}))
+    claim = "the run's best by held-out evidence"
+    assert export(Request(run, tmp_path / "newest"))["step"] == 6
+    assert claim not in (tmp_path / "newest" / "README.md").read_text()
+    (run / "best").symlink_to("checkpoints/step-000005")
+    assert export(Request(run / name))["step"] == 5
+    assert f"| checkpoint | step 5, {claim} |" in (run / "exports" / "step-000005-lora" / "README.md").read_text()
+    assert export(Request(run, tmp_path / "other", step=6))["step"] == 6
+    assert claim not in (tmp_path / "other" / "README.md").read_text()
+
+
 def test_the_average_is_what_is_exported_unless_it_is_not_wanted(tmp_path):
     run = make_run(tmp_path / "run", train__ema=0.9)
     model = load_flux("miniature", torch.float32)

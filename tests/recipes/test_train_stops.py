@@ -1,10 +1,17 @@
 """A run that is killed, stopped or extended ends where an unbroken one does, to the bit."""
 
 import json
+import shutil
 import signal
 import time
 
 import pytest
+
+from srpo_cli.config.load import load_train_config
+from srpo_cli.recipes.resume import resume_from
+from srpo_cli.runtime.checkpoints import find_checkpoint, link_best, list_checkpoints
+from srpo_cli.runtime.distributed import Ranks
+from srpo_cli.runtime.folder import CONFIG, RunFolder
 
 pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
 
@@ -111,3 +118,10 @@ def test_a_run_is_extended_by_steps(half_copy, finished, srpo, assert_same):
     assert [line.split() for line in changed] == [["steps:", "4", "#", "--steps"]]
     assert srpo("train", "--resume", half_copy, "--quiet").exit_code == 0, "a finished run is only measured again"
     assert_same(half_copy, finished)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_though_its_best_is_older(finished, tmp_path):
+    run = RunFolder(shutil.copytree(finished, tmp_path / "run"))
+    link_best(run.path, list_checkpoints(run.checkpoints)[0])
+    assert find_checkpoint(run.path).step == 2
+    assert resume_from(run, load_train_config(run.path / CONFIG).config, Ranks()).checkpoint.step == 4

@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, a damaged one is named, nothing is unpickled."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.runtime import checkpoints
 from srpo_cli.runtime.checkpoints import (
     OPTIMIZER,
+    best_checkpoint,
     find_checkpoint,
     link_best,
     list_checkpoints,
@@ -202,16 +204,49 @@ def test_a_link_to_a_checkpoint_that_is_gone_points_to_nothing(run):
     assert find_checkpoint(run).step == 30
 
 
-def test_where_there_are_no_links_a_run_goes_on_without(run, monkeypatch):
+def test_where_there_are_no_links_a_file_says_where_the_best_one_is(run, monkeypatch):
     def refuse(*_, **__):
         raise OSError("operation not supported")
 
     monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
     best_of(run, 0)
+    best_of(run, 1)
+    assert (run / "best").read_text() == "checkpoints/step-000020"
+    assert (find_checkpoint(run).step, newest_checkpoint(run).step) == (20, 30)
+    (run / "checkpoints" / "step-000020").rename(run / "elsewhere")
     assert find_checkpoint(run).step == 30
+    link_best(run, None)
+    assert best_checkpoint(run) is None
+
+
+@pytest.mark.parametrize("place", [0, None])
+def test_in_a_copy_that_has_a_folder_for_a_link_the_link_is_made_anew(run, place):
+    best_of(run, 1)
+    copy = shutil.copytree(run, run / "copy")  # which follows links
+    link_best(copy, None if place is None else list_checkpoints(copy / "checkpoints")[place])
+    assert (best_checkpoint(copy) and best_checkpoint(copy).step) == (None if place is None else 10)
+    assert [one.step for one in list_checkpoints(copy / "checkpoints")] == [10, 20, 30]
+
+
+def test_there_is_a_best_one_at_every_moment_while_it_moves(run, monkeypatch):
+    """A process that is killed before the rename leaves the link as it was, and its remains are no obstacle."""
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    best_of(run, 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pathlib.Path.replace", die)
+        best_of(run, 1)
+    assert best_checkpoint(run).step == 10
+    best_of(run, 1)
+    assert best_checkpoint(run).step == 20
+    assert sorted(path.name for path in run.iterdir()) == ["best", "checkpoints"]
 
 
 def test_the_best_one_is_kept_beside_the_newest(run, trained):
     for step in (40, 50):
         save_checkpoint(run / "checkpoints", step, trained[0], {}, keep=2, protect=20)
     assert [one.step for one in list_checkpoints(run / "checkpoints")] == [20, 40, 50]
+    save_checkpoint(run / "checkpoints", 60, trained[0], {}, keep=2, protect=60)  # which is among the newest
+    assert [one.step for one in list_checkpoints(run / "checkpoints")] == [50, 60]

@@ -291,13 +291,18 @@ def test_seconds_are_estimated_for_every_gpu_that_holds_the_plan():
 def test_checkpoints_on_disk_by_hand():
     chosen = plan(realism(memory__plan="streamed", memory__adam="bfloat16", checkpoint__keep=2), "h100")
     prompts = 20 + 32  # of 20 steps, and held out
-    kept_and_written = 2 + 1  # the oldest goes when the newest is whole
+    kept_and_written = 2 + 1 + 1  # the oldest goes when the newest is whole, and the best one stays
     assert chosen.disk_gib == pytest.approx((kept_and_written * (4 + 2 + 4) * P + prompts * 4_195_840) / GIB)
+
+
+def test_without_a_guard_no_best_checkpoint_is_kept():
+    watched, alone = (plan(realism(guard__action=action), "h100").disk_gib for action in ("warn", "off"))
+    assert watched > alone
 
 
 def test_a_group_has_one_prompt_to_keep():
     chosen = plan(grpo(train__mode="lora", prompts__limit=None), "h200")
-    checkpoints = (2 + 1) * (4 + 8) * LORA_720.lora
+    checkpoints = (2 + 1 + 1) * (4 + 8) * LORA_720.lora
     assert chosen.disk_gib == pytest.approx((checkpoints + (20 + 32) * 4_195_840) / GIB)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from srpo_cli.config.load import load_train_config
 from srpo_cli.errors import UsageError
-from srpo_cli.runtime.sources import Source, check_base
+from srpo_cli.runtime.sources import Source, check_base, is_model
 
 
 def refuse() -> str:
@@ -42,6 +43,19 @@ def test_a_run_and_its_checkpoint_are_the_runs_base_with_their_weights(run: Path
     source = Source.find(str(run / part), refuse)
     assert source.base == "miniature"
     assert source.tuned == (source.weights,) == (run / "checkpoints" / "step-000002" / "transformer",)
+
+
+def test_a_run_is_its_best_checkpoint_and_the_link_the_checkpoint_that_it_points_to(run: Path, tmp_path: Path) -> None:
+    newer = shutil.copytree(run / "checkpoints" / "step-000002", run / "checkpoints" / "step-000003")
+    (newer / "state.json").write_text(json.dumps({"step": 3}))
+    assert Source.find(str(run), refuse).weights == newer / "transformer"
+    (run / "best").symlink_to("checkpoints/step-000002")
+    for name in (run, run / "best", run / "best" / "transformer"):
+        assert Source.find(str(name), refuse) == Source("miniature", newer.with_name("step-000002") / "transformer")
+    assert is_model(run / "best")
+    (tmp_path / "elsewhere").symlink_to(run)
+    assert Source.find(str(tmp_path / "elsewhere" / "best"), refuse).weights.parent.name == "step-000002"
+    assert Source.find(str(newer), refuse).weights == newer / "transformer"
 
 
 def test_averaged_weights_are_what_a_checkpoint_is_for_unless_others_are_named(run: Path) -> None:
