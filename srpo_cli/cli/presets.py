@@ -83,7 +83,7 @@ def validate_presets(
         try:
             for resolved in _every_form(file):
                 config = resolved.config
-                check_parts(config.model.name, config.reward.parts, config.algorithm.name)
+                check_parts(config.model.name, config.rewards, config.algorithm.name)
         except UsageError as error:
             bad += 1
             note(f"error: {file}: {error}")

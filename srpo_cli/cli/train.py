@@ -118,7 +118,7 @@ def train(
             named_output = output is not None
             output = output or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         if not dry_run:
-            for part in resolved.config.reward.parts:
+            for part in resolved.config.rewards:
                 admit_plugin(part, trust, say)
     if dry_run:
         print_dry_run(resolved, find_machine(on, gpus, nodes or 1), launch_line(typed), output_format)
@@ -200,8 +200,8 @@ def _resolve(
 def _checked(resolved: Resolved, agreed: bool) -> Resolved:
     """The configuration itself; UsageError where it names a part that is unknown, or one that may not run."""
     config = resolved.config
-    check_parts(config.model.name, config.reward.parts, config.algorithm.name)
-    for reward in config.reward.parts:
+    check_parts(config.model.name, config.rewards, config.algorithm.name)
+    for reward in config.rewards:
         check_plugin(reward, agreed)
     return resolved
 

@@ -637,6 +637,11 @@ class GuardConfig(Section):
         "on the miniature, none elsewhere, because each takes memory",
     )
 
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The rewards to watch that are named."""
+        return () if self.rewards == "auto" or self.action == "off" else self.rewards
+
 
 class TrainConfig(Section):
     """Everything that decides what a training run does."""
@@ -658,9 +663,14 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
 
+    @property
+    def rewards(self) -> list[str]:
+        """Every reward that the configuration names: what is trained, and what is watched."""
+        return [*self.reward.parts, *self.guard.judges]
+
     @model_validator(mode="after")
     def _nothing_watched_is_trained(self) -> TrainConfig:
-        for name in self.guard.rewards if self.guard.rewards != "auto" else ():
+        for name in self.guard.judges:
             if name in self.reward.parts:
                 raise ValueError(
                     f"guard.rewards names {name}, which reward.name or reward.others optimises: watch another one"

@@ -105,7 +105,11 @@ class Plan:
             return cls(0, every)
         if count < _LEAST_CALIBRATION:
             needed = share * kinds * cost(_LEAST_CALIBRATION) / (_FOR_CALIBRATION * budget)
-            why = f"{steps} steps are too few: set guard.share={math.ceil(100 * needed) / 100:g} or more"
+            enough, longer = math.ceil(100 * needed) / 100, math.ceil(steps * needed / share)
+            why = (
+                f"{100 * share:g} % of the work of {steps} steps pays for fewer than {_LEAST_CALIBRATION} pictures of "
+                f"each kind: set guard.share={enough:g}, or take {longer} steps"
+            )
             return cls(0, every, shortfall=why)
         draws = int((budget - kinds * cost(count)) // cost(_PANEL))
         if given:  # there is nothing else to see
@@ -290,14 +294,20 @@ class Guard:
             if draw:
                 self._see_panel(step, draw)
             for signal in self.watch.check(step):
-                value, (low, high) = self.watch.checks[-1]["values"][signal.name], signal.corridor(self.watch.reach)
-                side, limit = ("below", low) if value < low else ("above", high)
-                self.say(f"guard: at step {step} {signal.name} is {value:.3f}, {side} its corridor's {limit:.3f}")
+                self.say(f"guard: at step {step} {self._told(signal)}")
         collapsed = self.watch.collapsed
         if collapsed and collapsed["step"] == step:
             self.say(f"guard: collapsed at step {step}: {', '.join(collapsed['signals'])} are out of their corridors")
         self.stopped = bool(collapsed) and self.config.guard.action == "stop"
         return self.stopped
+
+    def _told(self, signal: Signal) -> str:
+        """How far a signal was out of its corridor at the last check."""
+        check, (low, high) = self.watch.checks[-1], signal.corridor(self.watch.reach)
+        value = check["values"][signal.name]
+        side, limit = ("below", low) if value < low else ("above", high)
+        errors = f"{check['z'][signal.name]:.1f} standard errors"
+        return f"{signal.name} ({signal.family}) is {value:.3f}, {errors} {side} its corridor's {limit:.3f}"
 
     def rank(self, checkpoints: Sequence[int], ended: bool = False) -> Place | None:
         """The best of the checkpoints of these steps; None where none is known to be better than the base model.
@@ -319,7 +329,10 @@ class Guard:
             "action": guard.action,
             "planned_steps": self.config.train.steps,
             "words": {"positive": list(words.positive), "negative": list(words.negative)},
-            "pictures": {"calibration": len(self._calibrated["base"]), "panel": len(self.panel)},
+            "pictures": {
+                "calibration": len(self._calibrated["base"]),
+                "panel": len(self.panel) * (self._base_panel is not None),
+            },
             **self.watch.to_json(),
             "checkpoints": [place._asdict() for place in self._places],
             "best": self.best._asdict() if self.best else None,
@@ -391,7 +404,7 @@ def make_guard(
 def _judges(config: TrainConfig, parts: Parts) -> Sequence[str]:
     """Names of the rewards to watch."""
     if config.guard.rewards != "auto":
-        return config.guard.rewards
+        return config.guard.judges
     idle = parts.knows_only_the_world and _MINIATURE_JUDGE not in config.reward.parts
     return (_MINIATURE_JUDGE,) if idle else ()
 

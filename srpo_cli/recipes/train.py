@@ -410,6 +410,8 @@ class Run:
                 self.folder.truncate_log(self.step)
             self.guard.restore(self.step)
             self._note_guard()
+            if self.stopped_by == "guard" and self.ranks.leads:
+                self.say("the guard has ended this run, so it does not go on; a new one with guard.action=warn would")
             return
         with self.ranks.together(), self._as_measured():
             if self.ranks.leads:
@@ -949,7 +951,10 @@ class Run:
         On rank 0 and at the end of a run, whose own weights are saved.
         """
         self.report.sample(self.step)
-        self.say(f"the best checkpoint is that of step {step}, of {self.step}")
+        every = self.config.checkpoint.every
+        self.say(
+            f"the best checkpoint is that of step {step}, of {self.step} (one every {every} steps: checkpoint.every)"
+        )
         Checkpoint.of(self.folder.checkpoints, step).load_weights(EMA if self.average else TRANSFORMER, self._put_back)
         return step
 

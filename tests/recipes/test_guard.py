@@ -1,6 +1,7 @@
 """The guard in real runs on the miniature: what it costs, what it sees, and that a run goes on or ends with it."""
 
 import json
+import shutil
 import signal
 import socket
 
@@ -61,7 +62,8 @@ def test_ranks_that_share_a_picture_each_cost_as_many_pictures_as_there_are_rank
 def test_a_run_too_short_to_afford_a_guard_says_what_it_would_take():
     plan = Plan.of(config(algorithm__target="null", train__steps=10), 8)
     assert plan.calibration == 0
-    assert plan.shortfall == "10 steps are too few: set guard.share=0.12 or more"
+    assert plan.shortfall.endswith("fewer than 8 pictures of each kind: set guard.share=0.12, or take 23 steps")
+    assert Plan.of(config(algorithm__target="null", train__steps=23), 8).calibration == 8
     assert Plan.of(config(algorithm__target="null", train__steps=10, guard__share=0.12), 8).calibration == 8
 
 
@@ -224,7 +226,7 @@ def test_a_collapse_ends_the_run_and_what_went_before_is_measured(run):
     assert len({one["family"] for one in guard["signals"] if one["name"] in guard["stopped"]["signals"]}) >= 2
     told = (folder.parent / "stderr").read_text()
     for warning in guard["warnings"]:
-        assert f"guard: at step 5 {warning['signal']} is" in told
+        assert f"guard: at step 5 {warning['signal']} (" in told
     assert "guard: collapsed at step 5" in told
 
 
@@ -303,6 +305,30 @@ def test_a_policys_rollouts_are_measured_against_pictures_of_its_own_sampler(run
     assert abs(guard["series"]["high_frequency"][0] - grain["base"]) < 4 * grain["spread"] * (1 / 4 + 1 / 64) ** 0.5
     (reward,) = [watched for watched in guard["signals"] if watched["name"] == "reward"]
     assert reward["trained"]
+
+
+def test_a_run_that_the_guard_ended_does_not_go_on_and_says_so(run, srpo, tmp_path):
+    folder = shutil.copytree(
+        run("optimizer.lr=2e-3", "evaluation.prompts=8", steps=20), tmp_path / "run", symlinks=True
+    )
+    outcome = srpo("train", "--resume", folder)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert (
+        "the guard has ended this run, so it does not go on; a new one with guard.action=warn would" in outcome.stderr
+    )
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 5
+
+
+def test_an_unknown_reward_to_watch_is_refused_before_anything_runs(srpo):
+    command = ("train", "--preset", "realism", "--model", "miniature", "--dry-run")
+    outcome = srpo(*command, "--set=guard.rewards=[nosuch]")
+    assert (outcome.exit_code, "Unknown reward" in outcome.stderr) == (2, True)
+    outcome = srpo(*command, "--set=guard.rewards=[judge.py]")
+    assert (outcome.exit_code, "judge.py" in outcome.stderr) == (2, True)
+
+
+def test_a_guard_that_is_off_watches_no_reward():
+    assert config(guard__rewards="[miniature]", guard__action="off").rewards == ["miniature"]
 
 
 def test_a_trained_reward_is_not_watched(srpo, tmp_path):
