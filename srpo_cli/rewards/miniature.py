@@ -29,7 +29,8 @@ def load_miniature(
     """A reward of the miniature as the raw cosine.
 
     Args:
-        name: its name in the registry, which says which weights of the folder are its own.
+        name: its name in the registry, which says which weights of the folder are its own; any other, as that of a
+            plug-in made of it, stands for "miniature".
         weights: a folder with ``reward.json``, ``reward.safetensors`` or ``clip.safetensors``, and the BPE file that
             the first names; the one in the package if not given.
         device, dtype: where and in what it runs.
@@ -40,7 +41,7 @@ def load_miniature(
     from srpo_cli.miniature import WEIGHTS
 
     folder = Path(weights) if weights else WEIGHTS / "reward"
-    file = folder / MINIATURE_REWARDS[name]
+    file = folder / MINIATURE_REWARDS.get(name, MINIATURE_REWARDS["miniature"])
     for part in (folder / "reward.json", file):
         if not part.is_file():
             raise MissingError(f"The reward {name} is not in {folder} (no {part.name}); reinstall srpo-cli.")

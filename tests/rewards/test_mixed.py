@@ -213,7 +213,7 @@ def test_a_reward_of_weight_1_alone_is_no_mix_and_of_another_weight_one_of_a_sin
 
 def test_each_part_takes_weights_of_its_own(tmp_path):
     name = str(trusted("untrained_clip.py"))
-    with pytest.raises(MissingError, match=f"reward is not in {tmp_path}"):
+    with pytest.raises(MissingError, match=f"reward miniature is not in {tmp_path}"):
         load(name=name, others={"miniature": {"weights": tmp_path}})
 
 
