@@ -623,7 +623,10 @@ class GuardConfig(Section):
         0.05, gt=0, le=1, description="part of the run's planned work that the guard may add; a run too short has none"
     )
     alpha: Number = Field(
-        0.05, gt=0, lt=1, description="probability of a false warning in a run in which nothing is trained"
+        0.05,
+        gt=0,
+        lt=1,
+        description="probability of a false warning where nothing is trained and rollouts share no noise",
     )
     reach: Number = Field(
         1.25,

@@ -112,6 +112,11 @@ class Plan:
             )
             return cls(0, every, shortfall=why)
         draws = int((budget - kinds * cost(count)) // cost(_PANEL))
+        if given and draws < 3:  # two are of the untrained model
+            why = (
+                f"{100 * share:g} % of the work of {steps} steps on given pictures pays for no look at the model's own"
+            )
+            return cls(0, every, shortfall=f"{why}: raise guard.share or train.steps")
         if given:  # there is nothing else to see
             every = max(every, math.ceil(steps / max(draws - 2, 1)))
             due = [*range(every, steps + 1, every)]

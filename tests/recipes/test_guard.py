@@ -69,9 +69,15 @@ def test_a_run_too_short_to_afford_a_guard_says_what_it_would_take():
 
 def test_of_given_pictures_there_is_nothing_to_see_but_the_panel():
     plan = Plan.of(config("realism:offline", algorithm__target="null", train__steps=400), 8)
-    assert plan.calibration == 64 or plan.panel
-    assert len(set(b - a for a, b in zip(plan.panel, plan.panel[1:], strict=False))) <= 1
-    assert plan.panel[0] == plan.every
+    assert plan.panel and plan.panel[0] == plan.every
+    assert len({b - a for a, b in zip(plan.panel, plan.panel[1:], strict=False)}) <= 1
+
+
+@pytest.mark.parametrize("steps", [60, 100, 200])
+def test_given_pictures_without_a_panel_are_not_called_watched(steps):
+    plan = Plan.of(config("realism:offline", algorithm__target="null", train__steps=steps), 8)
+    assert (plan.calibration, plan.panel) == (0, ())
+    assert plan.shortfall.endswith("raise guard.share or train.steps")
 
 
 def test_a_group_counts_as_one_picture_between_checks():
