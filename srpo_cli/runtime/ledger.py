@@ -16,7 +16,8 @@ class Ledger:
 
     ``forwards`` are transformer calls without gradient, ``gradient_passes`` those with a backward,
     ``reward_calls`` pictures that the reward judged, ``updates`` optimizer steps. Evaluation is not part of the
-    method's cost and is not counted; measuring the target is. ``seconds`` are of wall-clock time in both.
+    method's cost and is not counted; measuring the target is. ``seconds`` are of wall-clock time in both,
+    ``cpu_seconds`` the processor's in all threads of this process, which other work on the machine stretches less.
     """
 
     rollouts: int = 0
@@ -25,14 +26,17 @@ class Ledger:
     reward_calls: int = 0
     updates: int = 0
     seconds: float = 0.0
-    _started: float | None = field(default=None, repr=False)
+    cpu_seconds: float = 0.0
+    _started: tuple[float, float] | None = field(default=None, repr=False)
 
     def __enter__(self) -> Ledger:
-        self._started = time.perf_counter()
+        self._started = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._started
+        wall, processor = self._started
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - processor
         self._started = None
 
     def state_dict(self) -> dict[str, float]:

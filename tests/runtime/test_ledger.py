@@ -11,7 +11,8 @@ def test_a_ledger_goes_on_from_its_state():
     with ledger:
         time.sleep(0.01)
     state = ledger.state_dict()
-    assert set(state) == {"rollouts", "forwards", "gradient_passes", "reward_calls", "updates", "seconds"}
+    counts = {"rollouts", "forwards", "gradient_passes", "reward_calls", "updates"}
+    assert set(state) == {*counts, "seconds", "cpu_seconds"}
     other = Ledger()
     other.load_state_dict(state)
     assert other.state_dict() == state
@@ -28,3 +29,15 @@ def test_the_time_of_a_step_that_fails_is_counted_too():
         pass
     assert ledger.report()["seconds"] >= 0.01
     assert ledger.report()["peak_memory_gib"] > 0
+
+
+def test_processor_time_is_not_that_of_waiting():
+    ledger = Ledger()
+    with ledger:
+        time.sleep(0.05)
+    slept = ledger.cpu_seconds
+    started = time.process_time()
+    with ledger:
+        while time.process_time() - started < 0.05:
+            pass
+    assert slept < 0.03 and ledger.cpu_seconds - slept > 0.04
