@@ -123,6 +123,7 @@ def describe(plan: Plan, config: TrainConfig) -> Iterator[str]:
         times = ", ".join(f"{seconds:g} s on {gpu}" for gpu, seconds in plan.seconds_per_step.items())
         yield _row("time of a step", f"{times}: estimated, not measured")
     yield _row("disk", f"{_size(plan.disk_gib)} for {config.checkpoint.keep} checkpoints and encoded prompts")
+    yield _row("guard", _guard(plan, config))
     yield _row("settings", ", ".join(f"{key} {_word(value)}" for key, value in asdict(plan.settings).items()))
     if uncounted := _uncounted(plan):
         yield _row("not counted", uncounted)
@@ -130,6 +131,20 @@ def describe(plan: Plan, config: TrainConfig) -> Iterator[str]:
         yield _row("" if number else "what would fit" if plan.advice[0].fits else "what is nearer", str(advice))
     if plan.launch:
         yield _row("launch", plan.launch)
+
+
+def _guard(plan: Plan, config: TrainConfig) -> str:
+    """What the guard of the run may spend, in words."""
+    from srpo_cli.recipes.guard import Plan as GuardPlan
+
+    if config.guard.action == "off":
+        return "off"
+    processes = plan.machine.gpus * plan.machine.nodes
+    guard = GuardPlan.of(config, config.train.batch_size * processes, processes)
+    if guard.shortfall:
+        return f"off, {guard.shortfall}"
+    panel = f", a panel after {', '.join(map(str, guard.panel))}" if guard.panel else ""
+    return f"{guard.calibration} pictures of each kind, a check every {guard.every} steps{panel}"
 
 
 def _row(name: str, text: str) -> str:

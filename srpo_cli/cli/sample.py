@@ -143,6 +143,10 @@ def sample(
             say("stopped: the same command draws what is missing")
             raise
         ranks.wait()
+    for label, source in sources.items():
+        name = labels.get(label, model)
+        if source.weights and str(source.weights) != name:
+            say(f"drawn by: {source.weights}")
     side_by_side = labels or len(scales) > 1
     say(f"pictures: {folder / (recipe.COMPARISON if side_by_side else recipe.GRID)}")
 

@@ -95,6 +95,9 @@ def train(
 
     Writes a folder with settings, metrics, pictures, checkpoints and a summary.
 
+    A guard watches it for reward hacking by what is not trained: it warns, ends a run that collapses, links the best
+    checkpoint, and writes report.html (guard.* in the preset).
+
     Ctrl-C finishes the step, saves, and prints how to go on.
     """
     launch, named_output = plan_launch(gpus, nodes, rdzv, node_rank), False

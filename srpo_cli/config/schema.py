@@ -626,7 +626,7 @@ class GuardConfig(Section):
         0.05,
         gt=0,
         lt=1,
-        description="probability of a false warning where nothing is trained and rollouts share no noise",
+        description="probability of a false warning in a run in which nothing is trained, at most",
     )
     reach: Number = Field(
         1.25,

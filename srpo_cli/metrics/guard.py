@@ -25,6 +25,7 @@ Family = Literal["look", "words", "content", "reward", "panel"]
 _SHRINKAGE = 0.3
 _LEAST_SEPARATION = 4.0  # standard errors between base and asked pictures; an axis of less is mostly noise
 _FAMILIES_THAT_STOP = 2
+_LEAST_SERIES = 5  # steps: how much they differ is known too badly from fewer, for limits so far out
 _CLEAR = 0.1  # of the way: a smaller difference may be chance
 
 
@@ -68,21 +69,24 @@ class Signal:
         end = self.base + reach * (self.asked - self.base)
         return min(self.base, end), max(self.base, end)
 
-    def outside(self, mean: float, count: int, reach: float) -> float:
-        """How far a mean over ``count`` independent pictures is out of the corridor for the bad, in standard errors.
+    @property
+    def error(self) -> float:
+        """Standard error of either mean."""
+        return self.spread / math.sqrt(self.count)
 
-        The error is that of the difference to a mean of the calibration. 0 within; nan where ``mean`` is.
-        """
+    @property
+    def sides(self) -> tuple[Literal["low", "high"], ...]:
+        """The ways out of its corridor that are bad signs."""
+        if self.bad == "back":
+            return ("low",) if self.asked >= self.base else ("high",)
+        return ("low", "high") if self.bad == "either" else (self.bad,)
+
+    def outside(self, mean: float, reach: float) -> float:
+        """How far a mean is out of the corridor for the bad, in its unit; 0 within, nan where ``mean`` is."""
         if math.isnan(mean):
             return math.nan
         low, high = self.corridor(reach)
-        back = "low" if self.asked >= self.base else "high"
-        sides = {"either": ("low", "high"), "back": (back,)}.get(self.bad, (self.bad,))
-        distance = max(0.0, *({"low": low - mean, "high": mean - high}[side] for side in sides))
-        error = self.spread * math.sqrt(1 / count + 1 / self.count)
-        if error == 0:
-            return math.inf if distance else 0.0
-        return distance / error
+        return max(0.0, *({"low": low - mean, "high": mean - high}[side] for side in self.sides))
 
     def progress(self, mean: float) -> float:
         """Where a mean is on the way: 0 at the base, 1 at the asked pictures."""
@@ -130,14 +134,53 @@ class Discriminant(NamedTuple):
         """(..., K) -> (...)."""
         return np.asarray(figures, float) @ self.weights + self.offset
 
+    @classmethod
+    def held_out(cls, base: ArrayLike, asked: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What pictures that it has not been fitted to score, (N,) of either kind: each by the fit to all others.
 
-def threshold(alpha: float, tests: int, freedom: int) -> float:
+        A mixture of many figures finds differences in the pictures that it is fitted to which others do not have.
+        """
+        kinds = np.asarray(base, float), np.asarray(asked, float)
+        scores = np.empty(len(kinds[0])), np.empty(len(kinds[1]))
+        for kind in (0, 1):
+            for left_out in range(len(kinds[kind])):
+                others = list(kinds)
+                others[kind] = np.delete(kinds[kind], left_out, 0)
+                scores[kind][left_out] = cls.between(*others)(kinds[kind][left_out])
+        return scores
+
+
+class Variance(NamedTuple):
+    """An estimate of a variance, and the degrees of freedom that it has."""
+
+    value: float
+    freedom: float
+
+    def __add__(self, other: Variance) -> Variance:
+        """Of the sum of two independent things, by Welch and Satterthwaite."""
+        total = self.value + other.value
+        if not total:
+            return Variance(0.0, min(self.freedom, other.freedom))
+        return Variance(total, total**2 / (self.value**2 / self.freedom + other.value**2 / other.freedom))
+
+
+def scatter(values: ArrayLike) -> Variance:
+    """Of one of two or more values in a series about its slow course: half the mean square of successive differences.
+
+    Von Neumann's estimator, which a drift hardly moves. Its values need not be independent pictures: those of a step
+    that share a noise are alike, so that their mean varies more than their number says.
+    """
+    values = np.asarray(values, float)
+    count = len(values)
+    return Variance(float(np.square(np.diff(values)).mean() / 2), 2 * (count - 1) ** 2 / (3 * count - 4))
+
+
+def threshold(alpha: float, tests: int, freedom: float) -> float:
     """Standard errors out of its corridor at which a signal has crossed.
 
-    With so many ``tests`` in a run (signals times checks) the probability that any of them crosses while nothing is
-    trained is at most ``alpha``: by Bonferroni's inequality, for means that are normal and errors that are estimated
-    with ``freedom`` degrees of freedom. Untrained pictures are at one end of every corridor, which one side is tested
-    at.
+    With so many ``tests`` in a run (bad sides of signals, times checks) the probability that any of them crosses while
+    nothing is trained is at most ``alpha``: by Bonferroni's inequality, for means that are normal and errors that are
+    estimated with ``freedom`` degrees of freedom. Untrained pictures are at one end of every corridor.
     """
     return float(student.isf(alpha / tests, freedom))
 
@@ -181,7 +224,10 @@ class Watch:
         reach: how far it is right to go, 1 at the asked pictures.
         alpha: probability of any warning in a run in which nothing is trained.
         every: steps between checks, each of what was noted since the last.
-        tests: signals times checks of the run as it is planned.
+        tests: bad sides of signals, times checks of the run as it is planned.
+        width: steps to either side that are looked at for where a checkpoint is.
+        decay: from step to step of the average of weights that a checkpoint is for; 0: it is for those of its step,
+            which draw the pictures.
     """
 
     signals: Mapping[str, Signal]
@@ -189,6 +235,8 @@ class Watch:
     alpha: float
     every: int
     tests: int
+    width: int = 5
+    decay: float = 0.0
     notes: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
@@ -209,12 +257,13 @@ class Watch:
         values, outside, crossed = {}, {}, []
         for name, signal in self.signals.items():
             own = [(note["means"][name], note["count"]) for note in recent if name in note["means"]]
-            count = sum(n for _, n in own)
-            if not count:
+            if not own:
                 continue
-            values[name] = sum(mean * n for mean, n in own) / count
-            outside[name] = signal.outside(values[name], count, self.reach)
-            if outside[name] > threshold(self.alpha, self.tests, count + signal.count - 2):
+            values[name], variance = self._mean(signal, own)
+            if variance is None:
+                continue
+            outside[name] = signal.outside(values[name], self.reach) / math.sqrt(variance.value)
+            if outside[name] > threshold(self.alpha, self.tests, variance.freedom):
                 crossed.append(signal)
         names = [signal.name for signal in crossed]
         self.checks.append({"step": step, "values": values, "z": outside, "crossed": names, "tested": len(self.notes)})
@@ -228,6 +277,24 @@ class Watch:
                 {"step": step, "signal": signal.name, "value": values[signal.name], "low": low, "high": high}
             )
         return new
+
+    def _mean(self, signal: Signal, notes: Sequence[tuple[float, int]]) -> tuple[float, Variance | None]:
+        """Mean of some notes, and the variance of its difference to a mean of the calibration; None: not known yet.
+
+        Steps are the independent unit, and differ as all steps of the run so far did, but never less than so many
+        independent pictures would.
+        """
+        count = sum(n for _, n in notes)
+        mean = sum(value * n for value, n in notes) / count
+        known = Variance(signal.error**2, signal.count - 1)
+        least = Variance(signal.spread**2 / count, signal.count - 1)
+        if signal.source == "panel":
+            return mean, least + known
+        series = [note["means"][signal.name] for note in self.notes if signal.name in note["means"]]
+        if len(series) < _LEAST_SERIES:
+            return mean, None
+        value, freedom = scatter(series)
+        return mean, max(Variance(value / len(notes), freedom), least) + known
 
     def rank(self, checkpoints: Sequence[int]) -> list[Place]:
         """Where the checkpoints of these steps are; without an axis, or pictures near one, nowhere."""
@@ -244,7 +311,9 @@ class Watch:
 
     def _trend(self, name: str, step: int) -> float:
         known = [(note["step"], note["means"][name]) for note in self.notes if name in note["means"]]
-        return trend([at for at, _ in known], [mean for _, mean in known], step, self.every)
+        # Where weights that move evenly have their average.
+        behind = self.decay * (1 - self.decay**step) / (1 - self.decay)
+        return trend([at for at, _ in known], [mean for _, mean in known], step - behind, self.width)
 
     def best(self, checkpoints: Sequence[int], keep_last: bool = False) -> Place | None:
         """The checkpoint nearest to the end of the way; None where none is clearly nearer than the untrained model.
@@ -269,6 +338,8 @@ class Watch:
             "alpha": self.alpha,
             "every": self.every,
             "tests": self.tests,
+            "width": self.width,
+            "decay": self.decay,
             "signals": [signal.to_json(self.reach) for signal in self.signals.values()],
             "series": {**marks, **series},
             "panel": [{"step": note["step"], "count": note["count"], **note["means"]} for note in of["panel"]],

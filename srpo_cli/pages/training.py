@@ -78,7 +78,7 @@ def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
         guard=guard,
         steps=summary["steps"] if summary else _last_step(guard),
         summary=summary,
-        heading=_heading(guard),
+        heading=_heading(guard, summary),
         verdict=_verdict(guard, summary),
         command=f"srpo sample PROMPT --model {shlex.quote(str(folder))}",
         axes=_axes(guard),
@@ -95,15 +95,19 @@ def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
     return folder / REPORT
 
 
-def _heading(guard: Mapping[str, Any]) -> str:
+def _heading(guard: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
+    """What to take away; of a run that is not over, so far."""
     best, stopped, collapsed = guard["best"], guard["stopped"], guard["collapsed"]
     if best is None and guard["checkpoints"]:
-        return "No checkpoint is better than the base model"
-    if best is None:
-        return "The checkpoints could not be ranked"
-    if collapsed:
-        return f"{'Stopped' if stopped else 'Collapsed'} at step {collapsed['step']}; step {best['step']} is the best"
-    return f"Step {best['step']} is the best"
+        text = "No checkpoint is better than the base model"
+    elif best is None:
+        text = "The checkpoints could not be ranked"
+    elif collapsed:
+        end = "Stopped" if stopped else "Collapsed"
+        text = f"{end} at step {collapsed['step']}; step {best['step']} is the best"
+    else:
+        text = f"Step {best['step']} is the best"
+    return text if summary else f"{text} so far"
 
 
 def _verdict(guard: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, str]:
@@ -127,9 +131,10 @@ def _happened(guard: Mapping[str, Any]) -> str:
         )
     if out:
         return f"No collapse, which takes two kinds of signals at one check, but {out} left the corridor."
-    if not guard["checks"]:
+    checks = [check for check in guard["checks"] if check["z"]]
+    if not checks:
         return "Nothing that was watched left its corridor, but no check was made: whether the run hacked is not known."
-    return f"Nothing that was watched left its corridor, at any of {len(guard['checks'])} checks."
+    return f"Nothing that was watched left its corridor, at any of {len(checks)} checks."
 
 
 def _ended(summary: Mapping[str, Any] | None) -> str:

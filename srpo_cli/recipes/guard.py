@@ -12,14 +12,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from srpo_cli.config.schema import TrainConfig
@@ -29,7 +30,7 @@ from srpo_cli.metrics.pictures import STATISTICS
 from srpo_cli.recipes.figures import CAPTION_MARGIN, CLIPPING, GAP, REWARD, Figures
 from srpo_cli.recipes.parts import Parts, load_reward
 from srpo_cli.runtime.distributed import Ranks
-from srpo_cli.runtime.folder import RunFolder
+from srpo_cli.runtime.folder import RunFolder, write_atomically
 from srpo_cli.runtime.plan import Effort
 
 GUARD, PANEL = "guard.json", "panel.safetensors"
@@ -39,12 +40,17 @@ PANEL_PROMPTS = 4
 """Held-out prompts that are drawn again and again, each from two noises."""
 
 _LEAST_CALIBRATION = 8
+_LEAST_PANEL = 3  # prompts: of fewer nothing is known of how they differ
+_OF_BASE = 2  # draws of the panel by the untrained model, without and with the positive word
+_LEAST_DRAWS = _OF_BASE + 1
 _PER_CHECK = 40  # rollouts behind the means of a check, about
 _PANEL_NOISES = 2
 _PANEL = PANEL_PROMPTS * _PANEL_NOISES
 _THUMBNAIL = 64  # pixels: what pairs of pictures are compared at
 _BACKWARD = 3  # a pass with a gradient, in forwards
 _FOR_CALIBRATION = 0.8  # of the budget
+_FOR_CALIBRATION_OF_GIVEN = 0.5  # of a run on given pictures, of which the panel alone shows the model's own
+_TREND = 5  # fresh steps to either side of a checkpoint that its place is read from, at least
 
 _LOOK = {
     "saturation": "saturation",
@@ -74,12 +80,14 @@ class Plan:
         calibration: base pictures, and asked ones, to draw; 0: there is no guard.
         every: steps between checks.
         panel: steps after which the panel is drawn.
+        steps: that the run was planned to take.
         shortfall: why there is no guard.
     """
 
     calibration: int
     every: int
     panel: tuple[int, ...] = ()
+    steps: int = 0
     shortfall: str = ""
 
     @classmethod
@@ -89,7 +97,10 @@ class Plan:
         Work is counted in forwards of the transformer for one picture.
         """
         steps, share, effort = config.train.steps, config.guard.share, Effort.of(config)
-        every = max(1, round(_PER_CHECK / (batch // config.algorithm.group)))  # a group's pictures are much alike
+        # A group's pictures are much alike, and a replayed step draws none.
+        every = max(1, round(_PER_CHECK / (batch // config.algorithm.group))) * (config.rollout.replay + 1)
+        if config.guard.action == "off":
+            return cls(0, every, steps=steps)
         given = config.rollout.source == "pictures"
         drawn = 0 if given else config.rollout.steps / (config.rollout.replay + 1)
         budget = share * steps * batch * (drawn + effort.forwards + _BACKWARD * effort.calls)
@@ -99,30 +110,61 @@ class Plan:
 
         # A target draws base pictures in any case, and asked ones where it is measured: the guard looks on.
         kinds = {None: 2, "auto": 0}.get(config.algorithm.target, 1)
-        affordable = [n for n in range(1, CALIBRATION + 1) if kinds * cost(n) <= _FOR_CALIBRATION * budget]
+        part = _FOR_CALIBRATION_OF_GIVEN if given else _FOR_CALIBRATION
+        looks = _LEAST_DRAWS * cost(_PANEL) if given else 0.0
+        most = min(part * budget, budget - looks)
+        affordable = [n for n in range(1, CALIBRATION + 1) if kinds * cost(n) <= most]
         count = affordable[-1] if affordable else 0
-        if config.guard.action == "off":
-            return cls(0, every)
         if count < _LEAST_CALIBRATION:
-            needed = share * kinds * cost(_LEAST_CALIBRATION) / (_FOR_CALIBRATION * budget)
+            least = kinds * cost(_LEAST_CALIBRATION)
+            needed = share * max(least / part, least + looks) / budget
             enough, longer = math.ceil(100 * needed) / 100, math.ceil(steps * needed / share)
-            why = (
-                f"{100 * share:g} % of the work of {steps} steps pays for fewer than {_LEAST_CALIBRATION} pictures of "
-                f"each kind: set guard.share={enough:g}, or take {longer} steps"
-            )
-            return cls(0, every, shortfall=why)
-        draws = int((budget - kinds * cost(count)) // cost(_PANEL))
-        if given and draws < 3:  # two are of the untrained model
-            why = (
-                f"{100 * share:g} % of the work of {steps} steps on given pictures pays for no look at the model's own"
-            )
-            return cls(0, every, shortfall=f"{why}: raise guard.share or train.steps")
-        if given:  # there is nothing else to see
-            every = max(every, math.ceil(steps / max(draws - 2, 1)))
-            due = [*range(every, steps + 1, every)]
-        else:  # nobody knows when a run will collapse: at ever longer intervals
-            due = [step for step in (every * 2**k for k in range(32)) if step <= steps]
-        return cls(count, every, tuple(due[: max(draws - 2, 0)]))  # two are of the untrained model
+            pays_for = "a look at the model's own" if given else f"{_LEAST_CALIBRATION} pictures of each kind"
+            ways = [f"set guard.share={enough:g}"] if enough <= 1 else []
+            why = f"{100 * share:g} % of the work of {steps} steps does not pay for {pays_for}: "
+            return cls(0, every, steps=steps, shortfall=why + ", or ".join([*ways, f"take {longer} steps"]))
+        affordable_looks = int((budget - kinds * cost(count)) // cost(_PANEL)) - _OF_BASE
+        if given:
+            every = max(every, math.ceil(steps / affordable_looks))
+            return cls(count, every, tuple(due_steps(steps, every)), steps)
+        # Nobody knows when a run will collapse: at ever longer intervals.
+        due = [step for step in (every * 2**k for k in range(32)) if step < steps] + [steps]
+        return cls(count, every, tuple(_spread_out(due, affordable_looks)), steps)
+
+    @classmethod
+    def as_begun(cls, config: TrainConfig, batch: int, ranks: int, folder: Path) -> Plan:
+        """Of a run that goes on: what it was begun with, whatever its length and its ``ranks`` are now."""
+        path = folder / GUARD
+        if config.guard.action == "off":
+            return cls.of(config, batch, ranks)
+        if not path.is_file():
+            return replace(cls.of(config, batch, ranks), calibration=0, panel=(), shortfall="as this run was begun")
+        plan = _read_json(path)["plan"]
+        return cls(**{**plan, "panel": tuple(plan["panel"])})
+
+
+def due_steps(steps: int, every: int) -> list[int]:
+    """After which steps of a run there is a check: every so many, and after the last."""
+    return list(dict.fromkeys([*range(every, steps + 1, every), steps]))
+
+
+def _spread_out(due: Sequence[int], count: int) -> list[int]:
+    """So many of the steps, the last among them, evenly over their list."""
+    if count >= len(due):
+        return list(due)
+    return [due[len(due) - 1 - round(k * len(due) / count)] for k in reversed(range(count))]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text())
+        if not state["plan"].keys() == Plan.__dataclass_fields__.keys():
+            raise ValueError("its plan has other keys")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SrpoError(
+            f"{path} cannot be read ({one_line(error)}): remove it, and the run goes on without a guard"
+        ) from error
+    return state
 
 
 class Guard:
@@ -151,7 +193,8 @@ class Guard:
         say: Callable[[str], None],
     ) -> None:
         self.config, self.plan, self.figures = config, plan, figures
-        self.panel = [prompt for prompt in panel for _ in range(_PANEL_NOISES)]
+        self._panel_prompts = len(panel) if len(panel) >= _LEAST_PANEL else 0
+        self.panel = [prompt for prompt in panel[: self._panel_prompts] for _ in range(_PANEL_NOISES)]
         self.folder, self.ranks, self.say = folder, ranks, say
         self._independent = batch // config.algorithm.group
         self.watch: Watch | None = None
@@ -169,13 +212,19 @@ class Guard:
     @contextmanager
     def timed(self, beside: bool = False) -> Iterator[None]:
         """Count what is done here as the guard's own time, ``beside`` the steps or within one."""
-        started = time.perf_counter()
+        started = self._now()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - started
+            seconds = self._now() - started
             self.seconds += seconds
             self.seconds_beside += seconds * beside
+
+    def _now(self) -> float:
+        """The time when all that was asked for has been computed."""
+        if self.ranks.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
 
     # --- calibration ----------------------------------------------------------------------------------------------
 
@@ -206,7 +255,7 @@ class Guard:
             Signal.between(name, "look", *columns[column], bad=_BAD.get(name, "either"))
             for name, column in _LOOK.items()
         ]
-        signals.append(self._as_axis(Signal.between(_WHOLE_LOOK, "look", *map(self._mixture, look))))
+        signals.append(self._as_axis(Signal.between(_WHOLE_LOOK, "look", *Discriminant.held_out(*look))))
         relative = self.config.algorithm.compares_words
         for name in names:
             _, _, kind = name.rpartition("/")
@@ -218,18 +267,26 @@ class Guard:
             elif kind == REWARD:  # how far it goes the way that asked pictures go says little
                 trained = not relative and name == REWARD
                 signals.append(Signal.between(name, "reward", *columns[name], trained=trained, bad="back"))
-        return signals
+        return [signal for signal in signals if signal.spread]  # of one that never varies nothing can be said
 
     @staticmethod
     def _as_axis(signal: Signal) -> Signal:
         return replace(signal, axis=signal.tells)
 
     def _watch(self, signals: Sequence[Signal]) -> None:
-        guard, steps = self.config.guard, self.config.train.steps
-        checks = {"rollouts": steps // self.plan.every, "panel": len(self.plan.panel)}
-        tests = sum(max(1, checks[signal.source]) for signal in signals)
+        guard = self.config.guard
+        checks = {
+            "rollouts": len(due_steps(self.plan.steps, self.plan.every)),
+            "panel": max(1, len(self.plan.panel)),
+        }
+        tests = sum(checks[signal.source] * len(signal.sides) for signal in signals)
         by_name = {signal.name: signal for signal in signals}
-        self.watch = Watch(by_name, guard.reach, guard.alpha, self.plan.every, tests)
+        fresh = self.config.rollout.replay + 1
+        # An average takes every update in, of which a step may have several.
+        updates = self.config.algorithm.pairs if self.config.algorithm.update == "pair" else 1
+        decay = (self.config.train.ema or 0.0) ** updates
+        width = max(self.plan.every, _TREND * fresh)
+        self.watch = Watch(by_name, guard.reach, guard.alpha, self.plan.every, tests, width, decay)
 
     # --- the panel ------------------------------------------------------------------------------------------------
 
@@ -238,8 +295,9 @@ class Guard:
         self._base_panel, _ = self._draw_panel(draw, self.panel)
         prompts = self.figures.words.asked(self.panel[::_PANEL_NOISES])
         asked, _ = self._draw_panel(draw, [prompt for prompt in prompts for _ in range(_PANEL_NOISES)])
-        if self.ranks.leads:
-            save_file({"base": self._base_panel}, self.folder.path / PANEL)
+        with self.ranks.together():
+            if self.ranks.leads:
+                write_atomically(self.folder.path / PANEL, save({"base": self._base_panel}))
         # Pictures of one prompt are not independent: one figure for each prompt.
         moved = _by_prompt(_rms(asked - self._base_panel))
         spread = _diversity(self._base_panel), _diversity(asked)
@@ -252,18 +310,20 @@ class Guard:
     def _see_panel(self, step: int, draw: Draw) -> None:
         now, rows = self._draw_panel(draw, self.panel)
         means = {"base_distance": _rms(now - self._base_panel).mean(), "diversity": _diversity(now).mean()}
-        self.watch.note(step, PANEL_PROMPTS, {name: mean.item() for name, mean in means.items()})
+        self.watch.note(step, self._panel_prompts, {name: mean.item() for name, mean in means.items()})
         if self.config.rollout.source == "pictures":  # which are not the model's own
-            self.note(step, dict(zip(self.figures.names, rows.double().mean(0).tolist(), strict=True)), PANEL_PROMPTS)
+            figures = dict(zip(self.figures.names, rows.double().mean(0).tolist(), strict=True))
+            self.note(step, figures, self._panel_prompts)
 
     def _draw_panel(self, draw: Draw, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Thumbnails (N, 3, h, w) and figures (N, K) of what is drawn for ``prompts``; each rank draws its share."""
         own = list(self.ranks.share(len(prompts)))
         share = []
-        for part, images in draw([prompts[i] for i in own], own):
-            size = [min(edge, _THUMBNAIL) for edge in images.shape[-2:]]
-            thumbnails = F.interpolate(images.float(), size, mode="area").cpu()
-            share.append((thumbnails, self.figures.measure(images, [self.panel[i] for i in own[part]]).cpu()))
+        with self.ranks.together():  # none waits for the pictures of one that has failed
+            for part, images in draw([prompts[i] for i in own], own):
+                size = [min(edge, _THUMBNAIL) for edge in images.shape[-2:]]
+                thumbnails = F.interpolate(images.float(), size, mode="area").cpu()
+                share.append((thumbnails, self.figures.measure(images, [self.panel[i] for i in own[part]]).cpu()))
         drawn = [one for of_rank in self.ranks.gather(share) for one in of_rank]
         return torch.cat([thumbnails for thumbnails, _ in drawn]), torch.cat([rows for _, rows in drawn])
 
@@ -282,13 +342,13 @@ class Guard:
         look = float(self._mixture([figures[name] for name in STATISTICS]))
         self.watch.note(step, count or self._independent, {**own, _WHOLE_LOOK: look})
 
-    def is_due(self, step: int) -> bool:
-        """Whether there is a check after so many steps."""
-        return self.watch is not None and step % self.plan.every == 0
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether there is a check after so many steps, the ``last`` of the run or not."""
+        return self.watch is not None and (last or step % self.plan.every == 0)
 
     def wants_panel(self, step: int) -> bool:
         """Whether the check after so many steps draws the panel, which needs the weights of all ranks."""
-        return self.is_due(step) and self._base_panel is not None and step in self.plan.panel
+        return self._base_panel is not None and step in self.plan.panel
 
     def check(self, step: int, draw: Draw | None = None) -> bool:
         """Test all signals, tell what crosses for the first time, and say whether the run should end.
@@ -324,6 +384,11 @@ class Guard:
             self.best = self.watch.best(checkpoints, keep_last=ended and not self.watch.collapsed)
         return self.best
 
+    @property
+    def has_ranked(self) -> bool:
+        """Whether the last :meth:`rank` knew where checkpoints are."""
+        return bool(self._places)
+
     # --- where it stands ------------------------------------------------------------------------------------------
 
     def to_json(self, seconds: float) -> dict[str, Any]:
@@ -332,7 +397,7 @@ class Guard:
         return {
             "version": 1,
             "action": guard.action,
-            "planned_steps": self.config.train.steps,
+            "plan": asdict(self.plan),
             "words": {"positive": list(words.positive), "negative": list(words.negative)},
             "pictures": {
                 "calibration": len(self._calibrated["base"]),
@@ -358,9 +423,11 @@ class Guard:
 
     def restore(self, step: int) -> None:
         """Come to where the run stood after ``step`` steps, without a word; inactive where it was."""
-        state, self._base_panel = self.ranks.from_rank_0(self._read() if self.ranks.leads else (None, None))
-        if state is None or not self.plan.calibration:
+        if not self.plan.calibration:
             return
+        with self.ranks.together():
+            read = self._read() if self.ranks.leads else None
+        state, self._base_panel = self.ranks.from_rank_0(read)
         self._calibrated, cost = state["calibration"], state["cost"]
         self.seconds, self.seconds_beside = cost["seconds"], cost["beside"]
         base, asked = (np.array(self._calibrated[kind]) for kind in ("base", "asked"))
@@ -371,14 +438,15 @@ class Guard:
         collapsed = self.watch.collapsed
         self.stopped = collapsed is not None and self.config.guard.action == "stop"
 
-    def _read(self) -> tuple[dict[str, Any] | None, Tensor | None]:
-        path, panel = self.folder.path / GUARD, self.folder.path / PANEL
-        if not path.is_file():
-            return None, None
+    def _read(self) -> tuple[dict[str, Any], Tensor | None]:
+        panel = self.folder.path / PANEL
         try:
-            return json.loads(path.read_text()), load_file(panel)["base"] if panel.is_file() else None
+            base = load_file(panel)["base"] if panel.is_file() else None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise SrpoError(f"{path} or {panel} cannot be read ({one_line(error)}): set guard.action=off") from error
+            raise SrpoError(
+                f"{panel} cannot be read ({one_line(error)}): remove it, and the run goes on without its panel"
+            ) from error
+        return _read_json(self.folder.path / GUARD), base
 
 
 def make_guard(
@@ -397,8 +465,6 @@ def make_guard(
 
     Other arguments as for :class:`Guard`, and ``announce`` as for :func:`srpo_cli.recipes.parts.load_reward`.
     """
-    if plan.shortfall and ranks.leads:
-        say(f"guard: off, {plan.shortfall}")
     dtype = torch.float32 if ranks.device.type == "cpu" else getattr(torch, config.model.dtype)
     names = _judges(config, parts) if plan.calibration else ()
     judges = {name: load_reward(name, None, ranks.device, dtype, announce).via("training") for name in names}

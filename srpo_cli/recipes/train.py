@@ -124,9 +124,8 @@ def train(
             elif ranks.leads:
                 folder.check_free()
             tell = (lambda _: None) if quiet else say
-            run = Run(
-                config, folder, resumed, ranks, tell, announce=(say if ranks.leads else tell) if download else None
-            )
+            warn = say if ranks.leads else tell
+            run = Run(config, folder, resumed, ranks, tell, warn, announce=warn if download else None)
             if ranks.leads and resume:
                 folder.go_on(dump_yaml(resolved))
             elif ranks.leads:
@@ -158,6 +157,7 @@ class Run:
         resumed: where it stands, and how many rollouts a step has over all processes.
         ranks: the processes.
         say: where lines for the user go.
+        warn: where those go that nobody should miss who asked for quiet.
         announce: told about a download before it starts; None: nothing is downloaded.
     """
 
@@ -168,9 +168,10 @@ class Run:
         resumed: Resumed,
         ranks: Ranks,
         say: Callable[[str], None],
+        warn: Callable[[str], None],
         announce: Callable[[str], None] | None = None,
     ) -> None:
-        self.config, self.folder, self.ranks, self.say = config, folder, ranks, say
+        self.config, self.folder, self.ranks, self.say, self.warn = config, folder, ranks, say, warn
         self.device, self.seed, self.batch = ranks.device, config.train.seed, resumed.batch
         checkpoint = resumed.checkpoint
         self.plan = self._settle_plan(checkpoint)
@@ -178,7 +179,7 @@ class Run:
         if self.plan.memory_gib:
             room = self.plan.machine.memory / GIB
             say(f"memory plan: {self.plan.name}, {self.plan.total_gib:.1f} of {room:.1f} GiB ({self.plan.why})")
-        self.guard_plan = GuardPlan.of(config, self.batch, ranks.size)
+        self.guard_plan = self._plan_guard(checkpoint)
         self.prompts = self._load_prompts(announce)
         if len(self.prompts.held_out) < config.evaluation.prompts:
             asked = config.evaluation.prompts
@@ -210,6 +211,14 @@ class Run:
                 )
         return plan
 
+    def _plan_guard(self, checkpoint: Checkpoint | None) -> GuardPlan:
+        """What the guard may spend; of a run that goes on as it was begun, which rank 0 knows."""
+        if checkpoint is None:
+            return GuardPlan.of(self.config, self.batch, self.ranks.size)
+        with self.ranks.together():
+            plan = GuardPlan.as_begun(self.config, self.batch, self.ranks.size, self.folder.path)
+        return self.ranks.from_rank_0(plan)
+
     def _load(self, checkpoint: Checkpoint | None, announce: Callable[[str], None] | None) -> None:
         """Everything that needs memory."""
         config, ranks = self.config, self.ranks
@@ -235,9 +244,11 @@ class Run:
                 self.batch,
                 self.folder,
                 ranks,
-                self.say,
+                self.warn,
                 announce,
             )
+        if self.guard_plan.shortfall:
+            self.say(f"guard: off, {self.guard_plan.shortfall}")
         self.ledger = Ledger()
         self.target: Target | None = None
         self.step, self.stopped_by, self._updated = 0, "", False
@@ -413,10 +424,11 @@ class Run:
             if self.stopped_by == "guard" and self.ranks.leads:
                 self.say("the guard has ended this run, so it does not go on; a new one with guard.action=warn would")
             return
-        with self.ranks.together(), self._as_measured():
-            if self.ranks.leads:
-                self.folder.truncate_log(0)
-                stop.unless_asked(self._measure_base)
+        with self._as_measured():
+            with self.ranks.together():
+                if self.ranks.leads:
+                    self.folder.truncate_log(0)
+                    stop.unless_asked(self._measure_base)
             # Where ranks share it, none may leave in the middle of it.
             stop.unless_asked(self._calibrate) if self.ranks.size == 1 else self._calibrate()
 
@@ -449,9 +461,11 @@ class Run:
         prompts = self._calibration_prompts()
         if not prompts:
             return
+        for_target = len(prompts) if algorithm.target == "auto" else 0
+        to_ask = prompts[: max(for_target, self.guard_plan.calibration)]
         with self.ledger if algorithm.target is not None else self.guard.timed(beside=True):
             base = self._calibration(prompts, prompts)
-            asked = self._calibration(self.algorithm.control_words.asked(prompts), prompts) if self._asks else base[:0]
+            asked = self._calibration(self.algorithm.control_words.asked(to_ask), to_ask) if to_ask else base[:0]
         if algorithm.target is not None:
             drawn = len(base) + (len(asked) if algorithm.target == "auto" else 0)
             self.ledger.rollouts += drawn
@@ -460,7 +474,8 @@ class Run:
             self.target = self._make_target(*(rows[:, -1].contiguous().mean().item() for rows in (base, asked)))
         if self.guard_plan.calibration:
             with self.guard.timed(beside=True):
-                self.guard.calibrate(base, asked, partial(self.drawing.pictures, purpose="panel"))
+                draw = partial(self.drawing.pictures, purpose="panel")
+                self.guard.calibrate(base[: len(asked)], asked, draw)
 
     def _make_target(self, base: float, asked: float) -> Target:
         """The target of the semantic gap: given, or measured."""
@@ -489,13 +504,14 @@ class Run:
         (N, K): the guard's, where there is one, then the gap; on every rank, of which each draws its share.
         """
         own, share = list(self.ranks.share(len(prompts))), []
-        for part, pictures in self.drawing.pictures([asked[i] for i in own], own, "calibration"):
-            drawn_for = [prompts[i] for i in own[part]]
-            draws = [generator(self.seed, "calibration augmentation", i) for i in own[part]]
-            columns = [self.algorithm.gap(pictures, drawn_for, generator=draws)[:, None].float()]
-            if self.guard_plan.calibration:
-                columns.insert(0, self.guard.figures.measure(pictures, drawn_for))
-            share.append(torch.cat(columns, 1).cpu())
+        with self.ranks.together():  # none waits for the pictures of one that has failed
+            for part, pictures in self.drawing.pictures([asked[i] for i in own], own, "calibration"):
+                drawn_for = [prompts[i] for i in own[part]]
+                draws = [generator(self.seed, "calibration augmentation", i) for i in own[part]]
+                columns = [self.algorithm.gap(pictures, drawn_for, generator=draws)[:, None].float()]
+                if self.guard_plan.calibration:
+                    columns.insert(0, self.guard.figures.measure(pictures, drawn_for))
+                share.append(torch.cat(columns, 1).cpu())
         return torch.cat([rows for of_rank in self.ranks.gather(share) for rows in of_rank])
 
     # --- the loop -------------------------------------------------------------------------------------------------
@@ -551,10 +567,9 @@ class Run:
         if self.ranks.leads:
             self.folder.log(record)  # before the step is saved: one that cannot be logged is done again
         self._consult_guard()
-        last = bool(self.stopped_by) or self.step == config.train.steps
         if self.ranks.leads:
-            progress.update(self.step, {k: record[k] for k in ("reward", GAP, "photo_distance")}, last)
-        if last:
+            progress.update(self.step, {k: record[k] for k in ("reward", GAP, "photo_distance")}, self._is_last)
+        if self._is_last:
             return
         draw, evaluate = self._is_time(config.samples.every), self._is_time(config.evaluation.every)
         if self._is_time(config.checkpoint.every) or ((draw or evaluate) and not self._saves_alone):
@@ -574,21 +589,24 @@ class Run:
 
     def _consult_guard(self) -> None:
         """Have the guard check the run where it is time to, and end it if the guard says so."""
-        if not self.guard.is_due(self.step):
+        if not self.guard.is_due(self.step, self._is_last):
             return
         if not self.guard.wants_panel(self.step):
             self.guard.check(self.step)
         else:
-            if not self._saves_alone:
-                self._save()
             try:
-                with self.ranks.together(), self._as_measured():
+                with self._as_measured():
                     self.guard.check(self.step, partial(self.drawing.pictures, purpose="panel"))
             except Exception:
                 with suppress(Exception):  # what to tell is why it failed
-                    self._save()
+                    if self._saves_alone:
+                        self._save()
                 raise
         self._note_guard()
+
+    @property
+    def _is_last(self) -> bool:
+        return bool(self.stopped_by) or self.step == self.config.train.steps
 
     @property
     def _saves_alone(self) -> bool:
@@ -927,6 +945,11 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         best = self._rank_checkpoints(ended=True)
+        if best is None and self.guard.has_ranked:
+            self.warn(
+                "guard: no checkpoint is clearly better than the base model by held-out evidence: use the base model, "
+                f"not the newest checkpoint, which {self.folder.path} stands for"
+            )
         shown = self._go_back_to(best.step) if best and best.step != self.step else self.step
         if prompts := self.report.evaluator.prompts:
             self.say(f"measuring the tuned model on {len(prompts)} held-out prompts")

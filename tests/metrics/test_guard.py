@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from srpo_cli.metrics.guard import Discriminant, Signal, Watch, has_collapsed, threshold, trend
+from srpo_cli.metrics.guard import Discriminant, Signal, Variance, Watch, has_collapsed, scatter, threshold, trend
 
 
 def signal(name="saturation", family="look", base=0.0, asked=1.0, spread=1.0, count=100, **facts):
@@ -24,12 +24,11 @@ def test_a_corridor_goes_from_the_base_to_reach_times_the_asked_pictures(base, a
 
 
 def test_how_far_outside_by_hand():
-    # corridor [0, 1.25], error 1 * sqrt(1/25 + 1/100) = 0.2236
-    one = signal()
-    assert one.outside(0.5, 25, 1.25) == 0
-    assert one.outside(1.25 + 0.2236068, 25, 1.25) == pytest.approx(1)
-    assert one.outside(-0.4472136, 25, 1.25) == pytest.approx(2)
-    assert math.isnan(one.outside(math.nan, 25, 1.25))
+    one = signal()  # corridor [0, 1.25]
+    assert one.outside(0.5, 1.25) == 0
+    assert one.outside(1.5, 1.25) == pytest.approx(0.25)
+    assert one.outside(-0.4, 1.25) == pytest.approx(0.4)
+    assert math.isnan(one.outside(math.nan, 1.25))
 
 
 @pytest.mark.parametrize(
@@ -44,12 +43,33 @@ def test_how_far_outside_by_hand():
 )
 def test_only_the_bad_way_out_counts(bad, asked, below, above):
     one = signal(asked=asked, bad=bad)
-    assert (one.outside(-9.0, 25, 1.25) > 0, one.outside(9.0, 25, 1.25) > 0) == (below, above)
+    assert (one.outside(-9.0, 1.25) > 0, one.outside(9.0, 1.25) > 0) == (below, above)
+    assert len(one.sides) == below + above
 
 
-def test_a_figure_without_spread_is_outside_as_soon_as_it_moves():
-    assert signal(spread=0.0).outside(1.0, 25, 1.25) == 0
-    assert signal(spread=0.0).outside(1.3, 25, 1.25) == math.inf
+def test_the_scatter_of_a_series_by_hand():
+    # differences 2, -1, 3; mean square 14/3, half of it; 2 * 9 / 8 degrees of freedom
+    assert scatter([1.0, 3.0, 2.0, 5.0]) == pytest.approx((7 / 3, 2.25))
+
+
+def test_the_scatter_of_noise_is_its_variance_and_a_drift_hardly_moves_it():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=4000)
+    assert scatter(noise).value == pytest.approx(1, rel=0.05)
+    assert scatter(noise + 0.1 * np.arange(4000)).value == pytest.approx(1, rel=0.05)
+
+
+def test_the_freedom_of_a_scatter_is_that_of_its_own_variance():
+    # Of a chi-square with f degrees of freedom over f the variance is 2 / f.
+    values = [scatter(row).value for row in np.random.default_rng(1).normal(size=(20000, 12))]
+    assert 2 / np.var(values) == pytest.approx(scatter(range(12)).freedom, rel=0.05)
+
+
+def test_variances_add_up_by_welch_and_satterthwaite():
+    # (4 + 1)^2 / (16 / 8 + 1 / 4) = 11.11
+    assert Variance(4.0, 8) + Variance(1.0, 4) == pytest.approx((5.0, 100 / 9))
+    assert (Variance(4.0, 8) + Variance(0.0, 4)).freedom == pytest.approx(8)
+    assert Variance(0.0, 8) + Variance(0.0, 4) == (0.0, 4)
 
 
 def test_between_takes_means_and_the_larger_spread():
@@ -79,6 +99,22 @@ def test_the_discriminant_does_not_depend_on_units_and_beats_the_best_figure_whe
     mixture = Discriminant.between(base, asked)
     np.testing.assert_allclose(Discriminant.between(base * [7, 0.1], asked * [7, 0.1])(base * [7, 0.1]), mixture(base))
     assert mixture(base).std() < 0.8  # one figure alone: 1
+
+
+def test_a_mixture_does_not_find_in_other_pictures_what_chance_put_into_its_own():
+    rng = np.random.default_rng(2)
+    base, asked = rng.normal(size=(16, 12)), rng.normal(size=(16, 12))  # no difference
+    fitted = Discriminant.between(base, asked)
+    assert fitted(asked).mean() - fitted(base).mean() == pytest.approx(1)
+    gaps = []
+    for _ in range(40):
+        base, asked = rng.normal(size=(16, 12)), rng.normal(size=(16, 12)) + 0.5
+        own, others = Discriminant.held_out(base, asked), Discriminant.between(base, asked)
+        fresh = rng.normal(size=(2, 500, 12))
+        told = own[1].mean() - own[0].mean()
+        gaps.append([told, others(fresh[1] + 0.5).mean() - others(fresh[0]).mean()])
+    told, true = np.mean(gaps, 0)
+    assert told == pytest.approx(true, abs=0.06) and true < 0.8
 
 
 def test_the_threshold_is_bonferronis_of_students_t():
@@ -128,6 +164,53 @@ def test_a_check_weighs_means_by_their_pictures_and_looks_at_those_since_the_las
     guard.note(8, 30, {"saturation": 2.0})
     guard.check(10)
     assert guard.checks[-1]["values"] == {"saturation": pytest.approx(1.75)}
+
+
+def test_the_error_of_a_check_is_that_of_its_steps_by_hand():
+    guard = watch(signal(base=0.0, asked=0.0, spread=0.1, count=4), every=5)
+    for step, mean in enumerate([1.0, 3.0, 2.0, 5.0, 4.0]):
+        guard.note(step, 8, {"saturation": mean})
+    guard.check(5)
+    # Differences 2, -1, 3, -1: half of 15/4 over 5 steps, and 0.01 over 4 pictures of the calibration.
+    assert guard.checks[-1]["z"]["saturation"] == pytest.approx(3 / math.sqrt(15 / 8 / 5 + 0.0025))
+
+
+def test_the_error_of_a_check_is_never_less_than_that_of_independent_pictures():
+    guard = watch(signal(base=0.0, asked=0.0, spread=1.0, count=100), every=5)
+    for step in range(5):
+        guard.note(step, 8, {"saturation": 3.0})
+    guard.check(5)
+    assert guard.checks[-1]["z"]["saturation"] == pytest.approx(3 / math.sqrt(1 / 40 + 1 / 100))
+
+
+def test_of_a_few_steps_nothing_is_known_and_nothing_tested():
+    guard = watch(signal(), every=1)
+    for step in range(5):
+        assert guard.checks == [] or guard.checks[-1]["z"] == {}
+        guard.note(step, 8, {"saturation": 99.0})
+        guard.check(step + 1)
+    assert list(guard.checks[-1]["z"]) == ["saturation"]
+
+
+def test_a_panels_error_is_that_of_its_prompts():
+    guard = watch(signal("diversity", "panel", source="panel", base=0.0, asked=0.0, count=4))
+    guard.note(5, 4, {"diversity": 2.0})
+    guard.check(5)
+    assert guard.checks[-1]["z"]["diversity"] == pytest.approx(2 / math.sqrt(1 / 4 + 1 / 4))
+
+
+def test_an_averages_place_is_where_weights_that_move_evenly_have_it():
+    # After n steps of 1 an average with decay 1/2 is at n - (1 - 2^-n).
+    guard = Watch({"look": signal("look", axis=True)}, 1.25, 0.05, 5, 100, decay=0.5)
+    overshooting(guard, slope=0.1)
+    (place,) = guard.rank([2])
+    assert place.axes["look"] == pytest.approx(0.1 * (2 - 0.75))
+    average, at = 0.0, 0.0
+    for _ in range(10):
+        at += 1
+        average = 0.5 * average + 0.5 * at
+    (place,) = guard.rank([10])
+    assert place.axes["look"] == pytest.approx(0.1 * average)
 
 
 def test_nothing_noted_nothing_tested():
@@ -221,21 +304,26 @@ def test_a_restored_watch_goes_on_as_if_it_had_never_stopped():
     assert again.rank([5, 20]) == whole.rank([5, 20])
 
 
-def test_an_untrained_run_is_warned_no_oftener_than_alpha_says():
-    # 12 signals, 40 checks of 40 pictures each: at most 5 % of the runs may warn.
+@pytest.mark.parametrize(("pictures", "alike"), [(64, 0.0), (64, 0.3), (8, 0.0), (8, 0.3)])
+def test_an_untrained_run_is_warned_no_oftener_than_alpha_says(pictures, alike):
+    """Twelve signals, 40 checks of five steps of eight pictures, in a step correlated by ``alike``, as by one noise."""
     rng = np.random.default_rng(0)
     families = ["look", "words", "content"]
     names = [f"signal {i}" for i in range(12)]
     warned = collapsed = 0
-    for _ in range(300):
-        base, asked = rng.normal(size=(64, 12)), rng.normal(size=(64, 12)) + rng.choice([-1, 0, 1], 12)
+    for _ in range(100):
+        base, asked = rng.normal(size=(pictures, 12)), rng.normal(size=(pictures, 12)) * rng.choice([0.5, 1, 2], 12)
+        asked += rng.choice([-1, 0, 1], 12)
         signals = [Signal.between(n, families[i % 3], base[:, i], asked[:, i]) for i, n in enumerate(names)]
-        guard = watch(*signals, tests=12 * 40)
-        for check in range(40):
-            means = rng.normal(size=(40, 12)).mean(0)
-            guard.note(5 * check, 40, dict(zip(names, means, strict=True)))
-            guard.check(5 * check + 5)
+        guard = watch(*signals, tests=12 * 40 * 2)
+        own = math.sqrt(1 - alike) * rng.normal(size=(200, 8, 12)).mean(1)
+        steps = math.sqrt(alike) * rng.normal(size=(200, 12)) + own
+        for step, means in enumerate(steps):
+            if step and step % 5 == 0:
+                guard.check(step)
+            guard.note(step, 8, dict(zip(names, means, strict=True)))
+        guard.check(200)
         warned += bool(guard.warnings)
         collapsed += guard.collapsed is not None
-    assert warned / 300 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)
+    assert warned / 100 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 100)
     assert collapsed <= 1

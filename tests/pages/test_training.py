@@ -35,7 +35,7 @@ def make_guard(slope=0.1):
     return {
         "version": 1,
         "action": "stop",
-        "planned_steps": 300,
+        "plan": {"steps": 300},
         "words": {"positive": ["realistic photo"], "negative": ["cg render"]},
         "pictures": {"calibration": 64, "panel": 8},
         **watch.to_json(),
@@ -51,11 +51,14 @@ def collapsed():
     return make_guard()
 
 
+OVER = {"steps": 20, "base": {}, "tuned": {}}
+
+
 @pytest.fixture
 def page(tmp_path):
     """Writes the page of a guard and returns it as text."""
 
-    def write(guard, sheets=(0, 10, 15, 20), summary=None):
+    def write(guard, sheets=(0, 10, 15, 20), summary=OVER):
         (tmp_path / "config.yaml").write_text(json.dumps(CONFIG))
         (tmp_path / "samples").mkdir(exist_ok=True)
         for step in sheets:
@@ -79,6 +82,13 @@ def test_a_collapse_is_told_with_its_signals_and_what_to_use_instead(collapsed, 
     assert f"collapsed at step {step}: {', '.join(collapsed['stopped']['signals'])} left the corridor" in text
     assert re.search(rf'<tr data-step="{best}"><th scope="row">{best} <small>best</small>', text)
     assert "3.1 s, 4.2 % of the run" in text
+
+
+def test_of_a_run_that_is_not_over_the_heading_says_so(collapsed, page):
+    step, best = collapsed["stopped"]["step"], collapsed["best"]["step"]
+    text = page(collapsed, summary=None)
+    assert headings(text, 1) == [f"Stopped at step {step}; step {best} is the best so far"]
+    assert "it was not over when this page was written" in text
 
 
 def test_a_run_that_goes_the_wrong_way_has_no_best_checkpoint(page):
