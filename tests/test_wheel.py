@@ -78,6 +78,9 @@ def test_the_wheel_holds_presets_weights_and_licence(wheel):
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     for preset in (REPOSITORY / "presets").glob("*.yaml"):
         assert f"srpo_cli/presets/{preset.name}" in sizes
+    for room in ("benchmarks", "comparisons"):
+        files = {path.name for path in (REPOSITORY / "srpo_cli" / "config" / room).glob("*.yaml")}
+        assert files and {f"srpo_cli/config/{room}/{name}" for name in files} <= sizes.keys()
     weights = {name: size for name, size in sizes.items() if name.startswith("srpo_cli/miniature/weights/")}
     assert any(name.endswith(".safetensors") for name in weights)
     for file in MINIATURE_REWARDS.values():

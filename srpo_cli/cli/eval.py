@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from srpo_cli.cli import rate
+from srpo_cli.cli import compare, rate
 from srpo_cli.cli.launch import (
     GpusOption,
     NodeRankOption,
@@ -55,14 +55,15 @@ _MOST_IMAGES = 64  # of a prompt, as in a benchmark's file
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Measure models on a benchmark, with intervals and a report; run a human study.\n\n"
+    help="Measure models on a benchmark, with intervals and a report; compare methods; run a human study.\n\n"
     "srpo eval MODEL... --benchmark NAME is short for srpo eval run MODEL... --benchmark NAME; "
     "srpo eval run --help lists its options.",
     epilog=EXAMPLES,
 )
 app.add_typer(rate.app, name="rate")
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 
-_COMMANDS = (RUN, "show", "rate")
+_COMMANDS = (RUN, "show", "compare", "rate")
 
 
 def with_run(arguments: Sequence[str]) -> list[str]:

@@ -7,15 +7,11 @@ published for the other one are not taken over, and of its prompts nothing where
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from string import Formatter
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     Field,
     PrivateAttr,
     StringConstraints,
@@ -25,6 +21,7 @@ from pydantic import (
 )
 
 from srpo_cli.config import dialect
+from srpo_cli.config.document import Keys, read_keys, short
 from srpo_cli.config.load import MINIATURE
 from srpo_cli.config.schema import ControlWords, Number, Section, Whole, Words
 from srpo_cli.errors import UsageError
@@ -191,6 +188,7 @@ class Benchmark(Section):
 
 BENCHMARKS_FOLDER = Path(__file__).with_name("benchmarks")
 _EXTENDS = "extends"
+_KEYS = Keys(Benchmark, also=(_EXTENDS,))
 _ENDINGS = (".yaml", ".yml")
 
 
@@ -263,7 +261,7 @@ def _read(name: str) -> Benchmark:
     try:
         benchmark = Benchmark.model_validate(content)
     except ValidationError as error:
-        raise UsageError(_first_problem(error, content, _origin(path))) from error
+        raise UsageError(_KEYS.first_problem(error, content, _origin(path))) from error
     benchmark._folder = folder
     return benchmark
 
@@ -284,22 +282,13 @@ def _content(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], P
     origin = _origin(path)
     if path.resolve() in extending:
         raise UsageError(f"extends from {origin} leads back to itself.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageError(f"Benchmark file {str(path)!r} does not exist.") from error
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UsageError(f"Benchmark file {str(path)!r} cannot be read: {reason}.") from error
-    own = dialect.parse(text, origin)
-    if not isinstance(own, dict):
-        raise UsageError(f"{origin} should hold keys with values, such as `extends: hpdv2`, not {_short(own)}.")
-    _refuse_unknown(own, origin)
+    own = read_keys(path, "benchmark", origin, example="extends: hpdv2")
+    _KEYS.refuse_unknown(own, origin)
     base = own.pop(_EXTENDS, None)
     if base is None:
         return own, path.parent
     if not isinstance(base, str):
-        raise UsageError(f"extends from {origin} should be the name of a benchmark or its .yaml, not {_short(base)}.")
+        raise UsageError(f"extends from {origin} should be the name of a benchmark or its .yaml, not {short(base)}.")
     if base not in benchmark_names() and Path(base).suffix.lower() not in _ENDINGS:
         raise UsageError.unknown(f"benchmark that {origin} extends:", base, [*benchmark_names(), "a .yaml"])
     place = _path_of(base) if base in benchmark_names() else path.parent / base
@@ -321,82 +310,3 @@ def _merged(below: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         if isinstance(below[key], dict) and isinstance(own[key], dict):
             merged[key] = {**below[key], **own[key]}
     return merged
-
-
-def _walk(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, description) of everything below ``section``."""
-    for name, field in section.model_fields.items():
-        yield prefix + name, field.description or ""
-        for inner in _sections(field.annotation):
-            yield from _walk(inner, f"{prefix}{name}.")
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _sections(part)
-
-
-KEYS = dict(_walk(Benchmark))
-"""Description of every key of a benchmark's file by its dotted name, numbers of rows left out."""
-
-_SECTIONS = {key.rpartition(".")[0] for key in KEYS}
-
-
-def _refuse_unknown(content: Any, origin: str, prefix: str = "") -> None:
-    if isinstance(content, list):
-        for row in content:
-            _refuse_unknown(row, origin, prefix)
-    for name, value in content.items() if isinstance(content, dict) else ():
-        key = f"{prefix}{name}"
-        if key not in KEYS and key != _EXTENDS:
-            raise UsageError(_unknown_key(key, origin))
-        if key in _SECTIONS:
-            _refuse_unknown(value, origin, f"{key}.")
-
-
-def _unknown_key(key: str, origin: str) -> str:
-    section, _, last = key.rpartition(".")
-    known = [*KEYS, _EXTENDS]
-    near = get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1)
-    meant = [name for name in known if name.rpartition(".")[2] in near]
-    meant = [name for name in meant if name.rpartition(".")[0] == section] or meant
-    beside = [name for name in known if name.rpartition(".")[0] == section]
-    hint = f"Did you mean {' or '.join(meant)}?" if meant else f"There are {', '.join(beside)}."
-    return f"Unknown key {key!r} from {origin}. {hint}"
-
-
-def _first_problem(error: ValidationError, content: dict[str, Any], origin: str) -> str:
-    problems = error.errors(include_url=False)
-    more = f" ({len(problems) - 1} more after it.)" if len(problems) > 1 else ""
-    location, message = problems[0]["loc"], problems[0]["msg"]
-    message = re.sub("^(Value error, |(Input|Tuple|String) (?=should))", "", message)
-    message = message.replace("a valid tuple", "a list").replace(" after validation", "")
-    message = re.sub(r"a valid dictionary( or instance of \w+)?", "keys with values", message)
-    key = ".".join(str(part) for part in location)
-    meaning = _meaning([part for part in location if isinstance(part, str)])
-    if problems[0]["type"] == "missing":
-        return f"{key} is missing from {origin}.{meaning}{more}"
-    value: Any = content
-    try:
-        for part in location:
-            value = value[part]
-    except (KeyError, IndexError, TypeError):
-        value = None
-    if not location or isinstance(value, dict):  # a check of several keys, which names them
-        return f"{message}, in {origin}.{more}"
-    return f"{key} is {_short(value)}, from {origin}: {message}.{meaning}{more}"
-
-
-def _meaning(names: list[str]) -> str:
-    """What is said of the innermost of nested keys that has a description."""
-    keys = (".".join(names[:length]) for length in range(len(names), 0, -1))
-    text = next((KEYS[key] for key in keys if KEYS.get(key)), "")
-    return f" Meaning: {text}." if text else ""
-
-
-def _short(value: Any) -> str:
-    """``value`` on one line, at most 80 characters of it."""
-    text = dialect.inline(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

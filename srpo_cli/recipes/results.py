@@ -506,23 +506,23 @@ def _caption(result: Mapping[str, Any]) -> str:
 def _markdown_page(result: Mapping[str, Any]) -> str:
     parts = [f"# {markdown(result['benchmark'])}", markdown(result["description"])]
     rows = measure_rows(result)
-    parts += [f"{markdown(_caption(result))}.", *map(markdown, result["notes"]), _markdown_table(rows)]
+    parts += [f"{markdown(_caption(result))}.", *map(markdown, result["notes"]), markdown_table(rows)]
     if rows[len(result["models"]) :]:
         parts.append(f"Published, not measured here: {markdown(published_note(result))}")
     if differences := difference_rows(result):
-        parts += ["## Differences", _markdown_table(differences)]
+        parts += ["## Differences", markdown_table(differences)]
     for group in result["groups"]:
-        parts += [f"## {markdown(group)}", _markdown_table(measure_rows(result, group))]
+        parts += [f"## {markdown(group)}", markdown_table(measure_rows(result, group))]
     if batches := _batch_rows(result):
         title = "## Mean and standard deviation over batches of consecutive prompts"
-        parts += [title, _markdown_table(batches)]
+        parts += [title, markdown_table(batches)]
     if result["skipped"]:
         left_out = [f"- {markdown(each['metric'])}: {markdown(each['reason'])}" for each in result["skipped"]]
         parts += ["## Left out", "\n".join(left_out)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     columns = list(rows[0])
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *([*row.values()] for row in rows)]
     escaped = [line if number == 1 else [markdown(cell) for cell in line] for number, line in enumerate(lines)]

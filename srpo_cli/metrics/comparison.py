@@ -1,0 +1,55 @@
+"""Figures of a comparison of training methods: over seeds, per picture against the other methods, and at what cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean, stdev
+
+from scipy.special import stdtrit
+from torch import Tensor
+
+from srpo_cli.metrics.intervals import Interval
+
+FEWEST_SEEDS = 3
+"""From so many seeds an interval is of other seeds, too."""
+
+
+def over_seeds(figures: Sequence[Interval], least: float = -math.inf, most: float = math.inf) -> Interval:
+    """The mean of one method's figures over its seeds, with a 95 % interval for other seeds and other prompts.
+
+    ``figures``: of each seed, its interval over prompts. Two errors are added as squares: that of the mean over seeds,
+    by Student's t, and the mean one over prompts, which more seeds do not make smaller since all draw the same prompts.
+    Of one or two seeds it is the latter alone. The ends stay within ``least`` and ``most``, those of the scale.
+    """
+    means = [figure.mean for figure in figures]
+    mean, between = fmean(means), 0.0
+    if len(means) >= FEWEST_SEEDS:
+        between = float(stdtrit(len(means) - 1, 0.975)) * stdev(means) / math.sqrt(len(means))
+    below = math.hypot(between, fmean(figure.mean - figure.low for figure in figures))
+    above = math.hypot(between, fmean(figure.high - figure.mean for figure in figures))
+    return Interval(mean, max(mean - below, least), min(mean + above, most))
+
+
+def farthest(distances: Tensor) -> Tensor:
+    """Which method's picture of each prompt is farthest from what it should be, (M, N) -> (M, N).
+
+    1 for the farthest of the M methods, 0 for the others; equal ones share. A method's mean over the N prompts is its
+    hacking rate, and the rates of all methods add up to 1.
+    """
+    worst = (distances == distances.amax(0)).double()
+    return worst / worst.sum(0)
+
+
+def cost_at(level: float, costs: Sequence[float], values: Sequence[float]) -> float | None:
+    """The cost at which a run first comes up to ``level``, between its measurements by a straight line; None: never.
+
+    ``costs`` rise, and begin with 0, the untrained model's.
+    """
+    if values[0] >= level:
+        return costs[0]
+    for (cost, value), (next_cost, next_value) in pairwise(zip(costs, values, strict=True)):
+        if next_value >= level:
+            return cost + (next_cost - cost) * (level - value) / (next_value - value)
+    return None

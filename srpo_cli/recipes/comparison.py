@@ -1,0 +1,364 @@
+"""What came out of a comparison: figures over seeds, hacking rates, costs, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from srpo_cli import __version__
+from srpo_cli.config.comparison import BASE
+from srpo_cli.errors import SrpoError
+from srpo_cli.metrics.aggregate import ALL
+from srpo_cli.metrics.comparison import cost_at, farthest, over_seeds
+from srpo_cli.metrics.intervals import DRAWS, Interval, rate_interval, resample
+from srpo_cli.pages.writing import NONE, number
+from srpo_cli.recipes.compare import GRADIENT_PASS, Cell, Table
+from srpo_cli.recipes.results import TABLE, Result, markdown, markdown_table, read_result, shown
+from srpo_cli.recipes.score import to_images
+from srpo_cli.runtime.checkpoints import Checkpoint, list_checkpoints
+from srpo_cli.runtime.folder import write_atomically
+from srpo_cli.runtime.pictures import open_picture, save_grid
+
+COMPARISON, PAGE, GRID = "comparison.json", "table.md", "grid.png"
+
+_DISTANCE = "photo_distance"  # the measure by which pictures are near photographs, or far
+_SHOWN = 8  # prompts in the picture grid
+_COSTS = {
+    "steps": "steps",
+    "forwards": "forwards",
+    "gradient_passes": "gradient passes",
+    "reward_calls": "reward calls",
+    "cpu_seconds": "CPU s",
+    "peak_memory_gib": "peak GiB",
+}
+
+
+def summarise(table: Table, failed: Mapping[str, str]) -> dict[str, Any]:
+    """What ``comparison.json`` holds, out of the finished runs and their evaluations."""
+    comparison, rates = table.comparison, table.rates()
+    folders = {seed: table.output / "evaluation" / f"seed-{seed}" for seed in comparison.seeds}
+    results = {seed: read_result(folder) for seed, folder in folders.items() if (folder / TABLE).exists()}
+    cells = [cell for cell in table.cells(rates) if cell.is_finished and _is_in(cell, results)]
+    if not cells:
+        why = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise SrpoError(f"no run of {comparison.name} was trained and measured, see {table.output / 'logs'} ({why})")
+    measures = {each["name"]: each for result in results.values() for each in result.data["measures"]}
+    columns = [name for name in comparison.columns if name in measures]
+    trained = [method.label for method in comparison.methods if any(cell.label == method.label for cell in cells)]
+    methods = {
+        label: _method(label, table, [cell for cell in cells if cell.label == label], results, columns, rates)
+        for label in (BASE, *trained)
+    }
+    return {
+        "srpo": __version__,
+        "comparison": comparison.model_dump(mode="json"),
+        "measures": [measures[name] for name in columns],
+        "methods": methods,
+        "groups": {
+            name: _hacking([BASE, *(label for label in labels if label in trained)], results, measures)
+            for name, labels in comparison.groups.items()
+            if not set(trained).isdisjoint(labels)
+        },
+        "tuning": _tuning(table, rates),
+        "costs": _costs(table, cells),
+        "failed": dict(failed),
+    }
+
+
+def _is_in(cell: Cell, results: Mapping[int, Result]) -> bool:
+    """Whether a run was measured: not where its evaluation has failed, and what is there is older."""
+    return cell.seed in results and cell.model in results[cell.seed].data["figures"]
+
+
+def _method(
+    label: str,
+    table: Table,
+    cells: Sequence[Cell],
+    results: Mapping[int, Result],
+    columns: Sequence[str],
+    rates: Mapping[str, float],
+) -> dict[str, Any]:
+    """A method's figures over its seeds, and the mean costs of its runs; the untrained model has none."""
+    models = {seed: BASE for seed in results} if label == BASE else {cell.seed: cell.model for cell in cells}
+    of_seeds = {
+        name: {seed: results[seed].data["figures"][model][ALL][name] for seed, model in models.items()}
+        for name in columns
+    }
+    figures = {
+        name: over_seeds([Interval(figure["mean"], figure["low"], figure["high"]) for figure in own.values()])._asdict()
+        for name, own in of_seeds.items()
+    }
+    found: dict[str, Any] = {
+        "figures": figures,
+        "seeds": {name: {seed: figure["mean"] for seed, figure in own.items()} for name, own in of_seeds.items()},
+    }
+    if label == BASE:
+        return found
+    summaries = [cell.summary() for cell in cells]
+    costs = {name: fmean(each["ledger"][name] for each in summaries) for name in _COSTS if name != "steps"}
+    method = table.comparison.method(label)
+    return {
+        **found,
+        "preset": method.preset,
+        "set": method.set,
+        "note": method.note,
+        "lr": cells[0].resolved.config.optimizer.lr,
+        "tuned": table.comparison.rate_owner(label) in rates,
+        "asked_steps": table.steps(label),
+        "stopped_by": sorted({each["stopped_by"] for each in summaries}),
+        "costs": {"steps": fmean(each["steps"] for each in summaries), **costs},
+    }
+
+
+def _hacking(
+    labels: Sequence[str], results: Mapping[int, Result], measures: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, float] | None]:
+    """By label the share of prompts of which it has the picture farthest from photographs, None where not measured."""
+    shares: dict[str, list[Interval]] = {label: [] for label in labels}
+    for seed, result in results.items():
+        models = [label if label == BASE else f"{label}.{seed}" for label in labels]
+        if _DISTANCE not in measures or not set(models) <= {model["label"] for model in result.data["models"]}:
+            continue  # a run of this seed failed, and the others' shares would be larger for it
+        distances = [_distances(result.table, model, measures[_DISTANCE]["columns"]) for model in models]
+        for label, share in zip(labels, farthest(torch.stack(distances)), strict=True):
+            shares[label].append(_share(share))
+    return {label: over_seeds(own, 0, 1)._asdict() if own else None for label, own in shares.items()}
+
+
+def _share(values: Tensor) -> Interval:
+    """The mean of values in [0, 1], (N,), with its interval; where they are all 0 or all 1 that of so few answers."""
+    count = len(values)
+    drawn = resample(values.numpy()[:, None], DRAWS, seed=0)[:, 0] / max(1, count - 1)
+    return rate_interval(values.mean().item(), drawn, count)
+
+
+def _distances(pictures: pd.DataFrame, model: str, columns: Sequence[str]) -> Tensor:
+    """Of each picture of a model the mean absolute deviation from photographs of its prompt, (N,)."""
+    own = pictures.loc[pictures["model"] == model, list(columns)]
+    return torch.from_numpy(own.abs().mean(axis=1).to_numpy())
+
+
+def _tuning(table: Table, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A record for every finished trial, with all figures that rates could have been chosen by."""
+    return [
+        {
+            "label": cell.label,
+            "lr": cell.lr,
+            "chosen": cell.lr == rates[cell.label],
+            "by": table.comparison.method(cell.label).tuning.by,
+            "figures": {name: _finite(figure["mean"]) for name, figure in cell.summary()["tuned"].items()},
+        }
+        for cell in table.trials()
+        if cell.is_finished
+    ]
+
+
+def _finite(figure: float) -> float | None:
+    """A figure, or None for that of a model whose pictures are no numbers any more."""
+    return figure if math.isfinite(figure) else None
+
+
+def passes(ledger: Mapping[str, float]) -> float:
+    """A cost in forwards of the transformer, a pass with a gradient counted as three."""
+    return ledger["forwards"] + GRADIENT_PASS * ledger["gradient_passes"]
+
+
+def _costs(table: Table, cells: Sequence[Cell]) -> dict[str, Any] | None:
+    """What it took each method with several checkpoints to come up to each level, seed by seed; None: not compared."""
+    comparison = table.comparison
+    folder = table.output / "evaluation" / "curves"
+    if comparison.rate is None or not (folder / TABLE).exists():
+        return None
+    figures = read_result(folder).data["figures"]
+    base = figures[BASE][ALL][comparison.rate]["mean"]
+    curves: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for cell in filter(table.has_curve, cells):
+        checkpoints = list_checkpoints(cell.folder / "checkpoints")
+        if not {cell.point(checkpoint.step) for checkpoint in checkpoints} <= figures.keys():
+            continue  # the last evaluation failed, and this one is older
+        curve = [{"step": 0, "passes": 0.0, "cpu_seconds": 0.0, "value": base}]
+        for checkpoint in checkpoints:
+            value = figures[cell.point(checkpoint.step)][ALL][comparison.rate]["mean"]
+            curve.append({"step": checkpoint.step, **_spent(checkpoint), "value": value})
+        curves.setdefault(cell.label, {})[cell.seed] = curve
+    if not curves:
+        return None
+    reached = {
+        label: {
+            f"{level:g}": {
+                unit: [
+                    cost_at(level, [point[unit] for point in curve], [point["value"] for point in curve])
+                    for curve in own.values()
+                ]
+                for unit in ("passes", "cpu_seconds")
+            }
+            for level in comparison.levels
+        }
+        for label, own in curves.items()
+    }
+    return {"base": base, "curves": curves, "reached": reached}
+
+
+def _spent(checkpoint: Checkpoint) -> dict[str, float]:
+    ledger = checkpoint.state()["ledger"]
+    return {"passes": passes(ledger), "cpu_seconds": ledger["cpu_seconds"]}
+
+
+# --- shown --------------------------------------------------------------------------------------------------------
+
+
+def figure_rows(data: Mapping[str, Any], group: str) -> list[dict[str, str]]:
+    """A row a method with its figures and intervals, and its hacking rate."""
+    hacking = data["groups"][group]
+    rows = []
+    for label, rate in hacking.items():
+        figures = data["methods"][label]["figures"]
+        cells = {each["title"]: shown(figures[each["name"]], each["digits"]) for each in data["measures"]}
+        rows.append({"method": label, **cells, "hacking rate": shown(rate, 3)})
+    return rows
+
+
+def cost_rows(data: Mapping[str, Any], group: str) -> list[dict[str, str]]:
+    """A row a method with the mean costs of its runs."""
+    labels = [label for label in data["groups"][group] if label != BASE]
+    return [
+        {
+            "method": label,
+            "lr": f"{data['methods'][label]['lr']:g}",
+            **{title: _rounded(data["methods"][label]["costs"][name]) for name, title in _COSTS.items()},
+        }
+        for label in labels
+    ]
+
+
+def level_rows(data: Mapping[str, Any], unit: str) -> list[dict[str, str]]:
+    """A row a method: its mean cost at each level, and how many times the reference's that is.
+
+    Of a level that not all seeds come up to no mean is told, but how many do.
+    """
+    reached, reference = data["costs"]["reached"], data["comparison"]["reference"]
+    of_reference = reached.get(reference, {})  # all of its runs may have failed
+    rows = []
+    for label, levels in reached.items():
+        row = {"method": label}
+        for level, costs in levels.items():
+            own = of_reference.get(level, {unit: [None]})
+            row[level] = _at_level(costs[unit], own[unit], label == reference)
+        rows.append(row)
+    return rows
+
+
+def _at_level(costs: Sequence[float | None], references: Sequence[float | None], is_reference: bool) -> str:
+    if None in costs:
+        count = sum(cost is not None for cost in costs)
+        return f"{count} of {len(costs)} seeds" if count else NONE
+    mean = fmean(costs)
+    if is_reference or None in references or not fmean(references):
+        return _rounded(mean)
+    return f"{_rounded(mean)} ({mean / fmean(references):.1f} x)"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else number(value, 2)
+
+
+def tuning_rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row a trial, the chosen one of a method with a star."""
+    names = ("reward", "sgp_gap", _DISTANCE, "caption_accuracy")
+    return [
+        {
+            "method": trial["label"],
+            "lr": f"{trial['lr']:g}{' *' if trial['chosen'] else ''}",
+            "chosen by": trial["by"].replace("_", " "),
+            **{name.replace("_", " "): number(trial["figures"].get(name)) for name in names},
+        }
+        for trial in data["tuning"]
+    ]
+
+
+def write(table: Table, data: Mapping[str, Any]) -> None:
+    """Write ``comparison.json``, ``table.md`` and the picture grid."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(table.output / COMPARISON, text + "\n")
+    write_atomically(table.output / PAGE, "\n\n".join(_page(data)) + "\n")
+    _draw_grid(table, data)
+
+
+def _page(data: Mapping[str, Any]) -> Iterator[str]:
+    comparison = data["comparison"]
+    seeds = ", ".join(map(str, comparison["seeds"]))
+    yield f"# {markdown(comparison['name'])}"
+    yield f"{markdown(comparison['description'])}."
+    yield (
+        f"Benchmark {markdown(comparison['benchmark'])}; seeds {seeds}; a run may spend about {comparison['budget']:,} "
+        f"forwards of the transformer for one picture, a pass with a gradient counted as {GRADIENT_PASS}. Mean [95 % "
+        "interval for other seeds and prompts]. Hacking rate: the share of prompts of which a method's picture is the "
+        "one farthest from photographs among those of the table."
+    )
+    for group in data["groups"]:
+        yield f"## {markdown(group)}"
+        yield markdown_table(figure_rows(data, group))
+        yield markdown_table(cost_rows(data, group))
+    if data["costs"]:
+        yield f"## Cost of a {markdown(comparison['rate'].replace('_', ' '))}"
+        reference = markdown(comparison["reference"])
+        base = data["costs"]["base"]
+        yield (
+            f"Where a run first comes up to it, between its checkpoints by a straight line, mean over seeds; in "
+            f"brackets how many times what {reference} takes. The untrained model has {base:.3f}."
+        )
+        for unit, title in (("passes", "In forwards:"), ("cpu_seconds", "In CPU seconds:")):
+            yield title
+            yield markdown_table(level_rows(data, unit))
+    if data["tuning"]:
+        yield "## Learning rates"
+        yield (
+            f"Each tried on the whole budget from seed {comparison['tuning_seed']} and measured on "
+            f"{comparison['tuning_prompts']} prompts of the validation split; a star: taken."
+        )
+        yield markdown_table(tuning_rows(data))
+    yield "## Settings"
+    yield markdown_table(_setting_rows(data))
+    if data["failed"]:
+        yield "## Failed"
+        yield "\n".join(f"- {markdown(name)}: {markdown(reason)}" for name, reason in data["failed"].items())
+
+
+def _setting_rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "method": label,
+            "preset": method["preset"],
+            "changed": ", ".join(f"{key}={json.dumps(value)}" for key, value in method["set"].items()) or NONE,
+            "steps at most": str(method["asked_steps"]),
+            "ended by": ", ".join(method["stopped_by"]),
+            "note": method["note"] or NONE,
+        }
+        for label, method in data["methods"].items()
+        if label != BASE
+    ]
+
+
+def _draw_grid(table: Table, data: Mapping[str, Any]) -> None:
+    """The pictures of a few prompts from the first seed that was measured, a row a method of the first table."""
+    folders = {seed: table.output / "evaluation" / f"seed-{seed}" for seed in data["comparison"]["seeds"]}
+    seed, folder = next(each for each in folders.items() if (each[1] / TABLE).exists())
+    pictures = read_result(folder).table
+    known = set(pictures["model"])
+    labels = [label for label in next(iter(data["groups"].values())) if label == BASE or f"{label}.{seed}" in known]
+    rows, captions = [], []
+    for label in labels:
+        own = pictures[pictures["model"] == (label if label == BASE else f"{label}.{seed}")]
+        own = own.drop_duplicates("prompt").iloc[:_SHOWN]
+        captions = list(own["prompt"])
+        pixels = [torch.from_numpy(np.array(open_picture(folder / file))) for file in own["file"]]
+        rows.append(to_images(torch.stack(pixels)))
+    save_grid(rows, table.output / GRID, labels, captions)
