@@ -53,6 +53,9 @@ class Method(Section):
     set: dict[Words, Any] = Field({}, description="values by dotted key, as `srpo train --set` takes them")
     groups: tuple[Words, ...] = Field(("methods",), min_length=1, description="the tables that it stands in")
     tuning: Tuning | None = Field(None, description="null: the learning rate is the preset's")
+    steps: Whole | None = Field(
+        None, ge=1, description="of a run that nothing ends in time; null: as many as the budget pays for"
+    )
     checkpoints: Whole = Field(
         1, ge=1, description="how often a run is measured, evenly over its steps; above 1 it gets a cost ratio"
     )

@@ -187,7 +187,7 @@ def aggregate(
     measures = [measure for measure in measures if measure.columns]
     models, strata = _read(table, _columns_of(measures))
     groups = tuple(stratum.group for stratum in strata) if len(strata) > 1 else ()
-    shares = {measure.name for measure in measures if _is_share(measure, table)}
+    shares = {measure.name for measure in measures if is_share(measure, table)}
     figures: dict[str, dict[str, dict[str, Figure]]] = {model: {ALL: {}} for model in models}
     over_all: list[Comparison] = []
     by_group: list[Comparison] = []
@@ -363,7 +363,7 @@ def _check_gaps(column: str, models: Sequence[str], model: np.ndarray, values: n
             raise SrpoError(f"{column} is no number for {gaps} of the {all_of_it} pictures of {name}: judge them again")
 
 
-def _is_share(measure: Measure, table: pd.DataFrame) -> bool:
+def is_share(measure: Measure, table: pd.DataFrame) -> bool:
     """Whether a measure is a share of yes and no, of which half a yes may be one."""
     return measure.reduce in (first, mean) and all(
         column in table and column not in SIGNALS and table[column].dropna().isin((0, 0.5, 1)).all()

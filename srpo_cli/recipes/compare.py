@@ -163,14 +163,15 @@ class Table:
             cell.check()
 
     def steps(self, label: str) -> int:
-        """How many steps of a method the budget pays for, at least one."""
+        """How many steps of a method the budget pays for, at least one; fewer where the method says so."""
         if label not in self._steps:
             config = self.comparison.resolve(label).config
             # What a step does goes by the configuration alone, so that all can share counts, which take seconds.
             self._counts = self._counts or count(config)
             plan = choose(self._counts, config, this_machine([], 1, 1))
             step = plan.forwards_per_step + GRADIENT_PASS * plan.gradient_passes_per_step
-            self._steps[label] = max(1, round(self.comparison.budget / step))
+            most = max(1, round(self.comparison.budget / step))
+            self._steps[label] = min(most, self.comparison.method(label).steps or most)
         return self._steps[label]
 
     def trials(self) -> list[Cell]:

@@ -16,12 +16,12 @@ from torch import Tensor
 from srpo_cli import __version__
 from srpo_cli.config.comparison import BASE
 from srpo_cli.errors import SrpoError
-from srpo_cli.metrics.aggregate import ALL
-from srpo_cli.metrics.comparison import cost_at, farthest, over_seeds
+from srpo_cli.metrics.aggregate import ALL, is_share, mean_absolute
+from srpo_cli.metrics.comparison import FEWEST_SEEDS, cost_at, farthest, over_seeds
 from srpo_cli.metrics.intervals import DRAWS, Interval, rate_interval, resample
 from srpo_cli.pages.writing import NONE, number
 from srpo_cli.recipes.compare import GRADIENT_PASS, Cell, Table
-from srpo_cli.recipes.results import TABLE, Result, markdown, markdown_table, read_result, shown
+from srpo_cli.recipes.results import TABLE, Result, as_measure, markdown, markdown_table, read_result, shown
 from srpo_cli.recipes.score import to_images
 from srpo_cli.runtime.checkpoints import Checkpoint, list_checkpoints
 from srpo_cli.runtime.folder import write_atomically
@@ -30,6 +30,7 @@ from srpo_cli.runtime.pictures import open_picture, save_grid
 COMPARISON, PAGE, GRID = "comparison.json", "table.md", "grid.png"
 
 _DISTANCE = "photo_distance"  # the measure by which pictures are near photographs, or far
+_DIGITS = 3  # in tables, whose columns are many and whose intervals are wider than more would tell
 _SHOWN = 8  # prompts in the picture grid
 _COSTS = {
     "steps": "steps",
@@ -57,16 +58,15 @@ def summarise(table: Table, failed: Mapping[str, str]) -> dict[str, Any]:
         label: _method(label, table, [cell for cell in cells if cell.label == label], results, columns, rates)
         for label in (BASE, *trained)
     }
+    groups = {name: [label for label in labels if label in trained] for name, labels in comparison.groups.items()}
+    groups = {name: labels for name, labels in groups.items() if labels}
     return {
         "srpo": __version__,
         "comparison": comparison.model_dump(mode="json"),
         "measures": [measures[name] for name in columns],
         "methods": methods,
-        "groups": {
-            name: _hacking([BASE, *(label for label in labels if label in trained)], results, measures)
-            for name, labels in comparison.groups.items()
-            if not set(trained).isdisjoint(labels)
-        },
+        "groups": {name: _hacking([BASE, *labels], results, measures) for name, labels in groups.items()},
+        "differences": {name: differences(labels, comparison.reference, methods) for name, labels in groups.items()},
         "tuning": _tuning(table, rates),
         "costs": _costs(table, cells),
         "failed": dict(failed),
@@ -93,7 +93,10 @@ def _method(
         for name in columns
     }
     figures = {
-        name: over_seeds([Interval(figure["mean"], figure["low"], figure["high"]) for figure in own.values()])._asdict()
+        name: over_seeds(
+            [Interval(figure["mean"], figure["low"], figure["high"]) for figure in own.values()],
+            *_scale(name, results),
+        )._asdict()
         for name, own in of_seeds.items()
     }
     found: dict[str, Any] = {
@@ -116,6 +119,44 @@ def _method(
         "stopped_by": sorted({each["stopped_by"] for each in summaries}),
         "costs": {"steps": fmean(each["steps"] for each in summaries), **costs},
     }
+
+
+def differences(
+    labels: Sequence[str], reference: str | None, methods: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What sets each method of a table apart from ``reference``, or its first one where that is none of them.
+
+    Runs of a seed share their prompts and noises, and so does what measures them: seed by seed, with intervals over
+    seeds, of which it takes three, on these prompts.
+    """
+    reference = reference if reference in labels else labels[0]
+    found: dict[str, dict[str, Any]] = {}
+    for label in labels:
+        common = methods[reference]["seeds"], methods[label]["seeds"]
+        figures = {
+            name: [own[seed] - common[0][name][seed] for seed in own if seed in common[0][name]]
+            for name, own in common[1].items()
+        }
+        if label != reference and all(len(own) >= FEWEST_SEEDS for own in figures.values()):
+            found[label] = {
+                "against": reference,
+                **{
+                    name: over_seeds([Interval(*[each] * 3) for each in own])._asdict() for name, own in figures.items()
+                },
+            }
+    return found
+
+
+def _scale(name: str, results: Mapping[int, Result]) -> tuple[float, float]:
+    """The ends of a measure's scale."""
+    for result in results.values():
+        for record in result.data["measures"]:
+            if record["name"] == name:
+                measure = as_measure(record)
+                if measure.reduce is mean_absolute:
+                    return 0.0, math.inf
+                return (0.0, 1.0) if is_share(measure, result.table) else (-math.inf, math.inf)
+    raise KeyError(name)
 
 
 def _hacking(
@@ -221,8 +262,18 @@ def figure_rows(data: Mapping[str, Any], group: str) -> list[dict[str, str]]:
     rows = []
     for label, rate in hacking.items():
         figures = data["methods"][label]["figures"]
-        cells = {each["title"]: shown(figures[each["name"]], each["digits"]) for each in data["measures"]}
+        cells = {each["title"]: shown(figures[each["name"]], min(each["digits"], _DIGITS)) for each in data["measures"]}
         rows.append({"method": label, **cells, "hacking rate": shown(rate, 3)})
+    return rows
+
+
+def difference_rows(data: Mapping[str, Any], group: str) -> list[dict[str, str]]:
+    """A row a method with its differences from the group's reference, over seeds; empty where seeds are too few."""
+    rows = []
+    for label, own in data["differences"][group].items():
+        measures = {each["title"]: (own[each["name"]], min(each["digits"], _DIGITS)) for each in data["measures"]}
+        cells = {title: shown(figure, digits, sign=True) for title, (figure, digits) in measures.items()}
+        rows.append({"method": label, "minus": own["against"], **cells})
     return rows
 
 
@@ -306,6 +357,10 @@ def _page(data: Mapping[str, Any]) -> Iterator[str]:
     for group in data["groups"]:
         yield f"## {markdown(group)}"
         yield markdown_table(figure_rows(data, group))
+        if differences := difference_rows(data, group):
+            yield "Differences seed by seed, on these prompts [95 % interval for other seeds]:"
+            yield markdown_table(differences)
+        yield "What a run cost:"
         yield markdown_table(cost_rows(data, group))
     if data["costs"]:
         yield f"## Cost of a {markdown(comparison['rate'].replace('_', ' '))}"

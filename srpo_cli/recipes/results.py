@@ -152,7 +152,7 @@ def _notes(texts: Mapping[str, int]) -> list[str]:
 
 
 def _record(measure: Measure) -> dict[str, Any]:
-    """A measure as plain data, by which :func:`_measure` makes it again."""
+    """A measure as plain data, by which :func:`as_measure` makes it again."""
     names = [name for name, function in REDUCTIONS.items() if function is measure.reduce]
     if not names:
         raise ValueError(
@@ -169,7 +169,8 @@ def _record(measure: Measure) -> dict[str, Any]:
     }
 
 
-def _measure(record: Mapping[str, Any]) -> Measure:
+def as_measure(record: Mapping[str, Any]) -> Measure:
+    """The measure that a result's record is of."""
     reduce = REDUCTIONS[record["reduce"]]
     return Measure(**{**record, "columns": tuple(record["columns"]), "reduce": reduce})
 
@@ -262,7 +263,7 @@ def merge(
         "models": [{**model, "pictures": int(pictures[model["label"]])} for model in models],
         **_computed(
             table,
-            [_measure(record) for record in records.values()],
+            [as_measure(record) for record in records.values()],
             benchmark["overall"],
             benchmark["batches"],
             _sets(results, labels, table),

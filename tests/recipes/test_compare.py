@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,7 +21,16 @@ from srpo_cli.config.comparison import Comparison, load_comparison
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.pages.writing import NONE
 from srpo_cli.recipes.compare import Job, Table, run_all
-from srpo_cli.recipes.comparison import _hacking, cost_rows, figure_rows, level_rows, passes, summarise, tuning_rows
+from srpo_cli.recipes.comparison import (
+    _hacking,
+    cost_rows,
+    differences,
+    figure_rows,
+    level_rows,
+    passes,
+    summarise,
+    tuning_rows,
+)
 from srpo_cli.recipes.results import Result
 from srpo_cli.runtime.checkpoints import list_checkpoints
 from srpo_cli.runtime.signals import StopRequest
@@ -234,6 +244,14 @@ def test_steps_follow_from_the_budget_by_hand(story, table):
 
 def test_a_budget_below_a_step_buys_one():
     assert Table(comparison(budget=1), Path("nowhere")).steps("srpo") == 1
+
+
+def test_a_method_may_ask_for_fewer_steps_and_not_for_more():
+    def steps(asked):
+        own = {"label": "srpo", "preset": "realism", "set": SMALL, "checkpoints": 2, "steps": asked}
+        return Table(comparison(methods=[own]), Path("nowhere")).steps("srpo")
+
+    assert (steps(1), steps(99)) == (1, STEPS["srpo"])
 
 
 def test_the_best_trial_gives_the_rate(story, table, cells):
@@ -460,9 +478,9 @@ def test_levels_are_told_as_mean_ratio_count_or_dash():
     }
     data = {"costs": {"reached": reached}, "comparison": {"reference": "srpo"}}
     assert level_rows(data, "passes") == [
-        {"method": "srpo", "0.1": "200", "0.5": "1 of 2 seeds", "0": "0.00"},
-        {"method": "slow", "0.1": "1,000 (5.0 x)", "0.5": "6.00", "0": "0.00"},
-        {"method": "never", "0.1": "1 of 2 seeds", "0.5": NONE, "0": "0.00"},
+        {"method": "srpo", "0.1": "200", "0.5": "1 of 2 seeds", "0": "0"},
+        {"method": "slow", "0.1": "1,000 (5.0 x)", "0.5": "6", "0": "0"},
+        {"method": "never", "0.1": "1 of 2 seeds", "0.5": NONE, "0": "0"},
     ]
 
 
@@ -472,3 +490,23 @@ def test_without_a_run_of_the_reference_there_are_costs_and_no_ratios():
         "comparison": {"reference": "srpo"},
     }
     assert level_rows(data, "passes") == [{"method": "slow", "0.1": "1,000"}]
+
+
+def of_seeds(*figures):
+    return {"seeds": {"reward": dict(enumerate(figures, 1))}}
+
+
+def test_differences_are_told_seed_by_seed():
+    methods = {"srpo": of_seeds(1.0, 2.0, 6.0), "refl": of_seeds(1.5, 2.4, 6.6), "draft": of_seeds(0.0, 0.0, 0.0)}
+    found = differences(["draft", "refl", "srpo"], "srpo", methods)
+    assert list(found) == ["draft", "refl"]
+    # 0.5, 0.4 and 0.6: Student's t with 2 degrees of freedom times 0.1 / sqrt(3)
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    told = found["refl"]["reward"]
+    assert (told["mean"], told["low"], told["high"]) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
+    assert found["refl"]["against"] == "srpo"
+    assert differences(["draft", "refl"], "srpo", methods)["refl"]["against"] == "draft"
+
+
+def test_two_seeds_tell_no_difference():
+    assert differences(["srpo", "refl"], "srpo", {"srpo": of_seeds(1.0, 2.0), "refl": of_seeds(1.5, 2.4)}) == {}
