@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from srpo_cli.cli.options import DryRunOption, FormatOption
+from srpo_cli.cli.options import DryRunOption, FormatOption, TrustOption
 from srpo_cli.cli.output import OutputFormat, note, print_rows
+from srpo_cli.cli.plugins import admit_plugin
 
 if TYPE_CHECKING:  # commands import it when they are called, like all of its room
     from srpo_cli.recipes.compare import Table
@@ -57,6 +58,7 @@ def compare(
     preset: ComparisonOption = "table1",
     output: OutputOption = None,
     jobs: JobsOption = None,
+    trust: TrustOption = False,
     dry_run: DryRunOption = False,
     output_format: FormatOption = OutputFormat.TABLE,
 ) -> None:
@@ -85,6 +87,8 @@ def compare(
         table.check()
         _print_commands(table)
         return
+    for reward in comparison.rewards:
+        admit_plugin(reward, trust, note)
     at_once = jobs or (len(os.sched_getaffinity(0)) if is_miniature(comparison) else 1)
     with stop_on_signals() as stop:
         ended = run(table, at_once, stop, note)

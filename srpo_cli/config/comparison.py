@@ -142,6 +142,12 @@ class Comparison(Section):
         names = dict.fromkeys(group for method in self.methods for group in method.groups)
         return {name: [method.label for method in self.methods if name in method.groups] for name in names}
 
+    @property
+    def rewards(self) -> list[str]:
+        """The rewards that methods are trained on, each once."""
+        known = (name for method in self.methods for name in self.resolve(method.label).config.rewards)
+        return list(dict.fromkeys(known))
+
     def method(self, label: str) -> Method:
         """A method as it is trained: one that is ``like`` another has its preset and settings below its own."""
         named = {method.label: method for method in self.methods}

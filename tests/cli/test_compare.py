@@ -133,3 +133,13 @@ def test_a_printed_command_can_be_typed_and_its_run_is_taken(srpo, preset):
     assert title == "methods" and head.split()[0] == "method" and "hacking rate" in head
     assert [row.split()[0] for row in rows if row] == ["base", "refl", "method", "refl"]
     assert "done in" not in again.stderr
+
+
+def test_a_reward_that_is_a_plug_in_is_asked_about_before_anything_runs(srpo, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(Path(__file__).parents[2])
+    outcome = srpo("eval", "compare", "--preset", "docs/windows/windows.yaml", "--output", tmp_path / "out")
+    assert outcome.exit_code == 2
+    (line,) = outcome.stderr.splitlines()
+    assert "docs/windows/sharpness.py is Python code that would run here" in line and "--trust" in line
+    assert not (tmp_path / "out").exists()
