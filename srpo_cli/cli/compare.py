@@ -77,7 +77,7 @@ def compare(
 
     from srpo_cli.recipes.compare import Table, is_miniature
     from srpo_cli.recipes.compare import compare as run
-    from srpo_cli.recipes.comparison import COMPARISON, GRID, PAGE, cost_rows, figure_rows, summarise, write
+    from srpo_cli.recipes.comparison import COMPARISON, GRID, PAGE, summarise, tables, write
     from srpo_cli.runtime.quiet import quiet_libraries
     from srpo_cli.runtime.signals import stop_on_signals
 
@@ -102,10 +102,9 @@ def compare(
 
         typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
     else:
-        for number, group in enumerate(data["groups"]):
-            typer.echo(f"{chr(10) if number else ''}{group}")
-            print_rows(figure_rows(data, group), output_format)
-            print_rows(cost_rows(data, group), output_format)
+        for number, (title, rows) in enumerate(tables(data)):
+            typer.echo(f"{chr(10) if number else ''}{title}")
+            print_rows(rows, output_format)
     for name in (PAGE, GRID, COMPARISON):
         note(f"written: {folder / name}")
     if ended.failed:

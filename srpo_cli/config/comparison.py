@@ -104,7 +104,7 @@ class Comparison(Section):
     columns: tuple[Words, ...] = Field(min_length=1, description="names of the benchmark's measures, in order")
     rate: Words | None = Field(None, description="the measure at which costs are compared; null: no cost ratios")
     levels: tuple[Number, ...] = Field((), description="values of rate at which costs are told; needed with rate")
-    reference: Label | None = Field(None, description="the method whose cost is 1; needed with rate")
+    reference: Label | None = Field(None, description="the method that others are told apart from; needed with rate")
     methods: tuple[Method, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -120,11 +120,13 @@ class Comparison(Section):
                     f"method {method.label} sets {_RATE}, which {method.like}'s tuning chooses: leave it out"
                 )
             earlier[method.label] = method
-        if not (self.rate is None) == (self.reference is None) == (not self.levels):
+        if (self.rate is None) != (not self.levels) or (self.rate and self.reference is None):
             raise ValueError(
-                f"rate is {dialect.inline(self.rate)}: give rate, levels and reference together, or none of them"
+                f"rate is {dialect.inline(self.rate)}: give rate, levels and reference together, or neither of the two"
             )
-        if self.reference and (self.reference not in earlier or earlier[self.reference].checkpoints == 1):
+        if self.reference and self.reference not in earlier:
+            raise ValueError(f"reference is {self.reference}: should be the label of a method")
+        if self.rate and earlier[self.reference].checkpoints == 1:
             raise ValueError(f"reference is {self.reference}: should be a method with several checkpoints")
         return self
 

@@ -42,10 +42,17 @@ def farthest(distances: Tensor) -> Tensor:
     return worst / worst.sum(0)
 
 
+def ratio_over_seeds(values: Sequence[float], references: Sequence[float]) -> Interval:
+    """How many times a reference's a method's positive values are, both seed by seed: geometric mean, and an interval
+    for other seeds by Student's t of the logarithms."""
+    logs = [math.log(value / reference) for value, reference in zip(values, references, strict=True)]
+    return Interval(*map(math.exp, over_seeds([Interval(log, log, log) for log in logs])))
+
+
 def cost_at(level: float, costs: Sequence[float], values: Sequence[float]) -> float | None:
     """The cost at which a run first comes up to ``level``, between its measurements by a straight line; None: never.
 
-    ``costs`` rise, and begin with 0, the untrained model's.
+    ``costs`` rise, and begin with what was spent on the untrained model.
     """
     if values[0] >= level:
         return costs[0]

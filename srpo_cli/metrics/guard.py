@@ -25,7 +25,7 @@ Family = Literal["look", "words", "content", "reward", "panel"]
 _SHRINKAGE = 0.3
 _LEAST_SEPARATION = 4.0  # standard errors between base and asked pictures; an axis of less is mostly noise
 _FAMILIES_THAT_STOP = 2
-_LEAST_SERIES = 5  # steps: how much they differ is known too badly from fewer, for limits so far out
+_LEAST_SERIES = 8  # steps: how much they differ is known too badly from fewer, for limits so far out
 _CLEAR = 0.1  # of the way: a smaller difference may be chance
 
 
@@ -190,6 +190,12 @@ def has_collapsed(crossed: Iterable[Signal]) -> bool:
     return len({signal.family for signal in crossed}) >= _FAMILIES_THAT_STOP
 
 
+def _known(notes: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, int]]:
+    """Mean and number of pictures of a signal in the notes that have it; a figure that is no number is none."""
+    found = ((note["means"].get(name, math.nan), note["count"]) for note in notes)
+    return [(mean, count) for mean, count in found if math.isfinite(mean)]
+
+
 def trend(steps: ArrayLike, values: ArrayLike, at: float, width: int) -> float:
     """A noisy series at one step: a straight line through what lies within ``width`` steps of it, read off there.
 
@@ -226,6 +232,7 @@ class Watch:
         every: steps between checks, each of what was noted since the last.
         tests: bad sides of signals, times checks of the run as it is planned.
         width: steps to either side that are looked at for where a checkpoint is.
+        given: whether rollouts are given pictures, so that all that is noted are looks at the panel.
         decay: from step to step of the average of weights that a checkpoint is for; 0: it is for those of its step,
             which draw the pictures.
     """
@@ -237,6 +244,7 @@ class Watch:
     tests: int
     width: int = 5
     decay: float = 0.0
+    given: bool = False
     notes: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
@@ -256,10 +264,12 @@ class Watch:
         recent = self.notes[self._tested :]
         values, outside, crossed = {}, {}, []
         for name, signal in self.signals.items():
-            own = [(note["means"][name], note["count"]) for note in recent if name in note["means"]]
+            earlier, own = (_known(notes, name) for notes in (self.notes[: self._tested], recent))
             if not own:
                 continue
-            values[name], variance = self._mean(signal, own)
+            count = sum(n for _, n in own)
+            values[name] = sum(mean * n for mean, n in own) / count
+            variance = self._variance(signal, [mean for mean, _ in earlier], len(own), count)
             if variance is None:
                 continue
             outside[name] = signal.outside(values[name], self.reach) / math.sqrt(variance.value)
@@ -278,23 +288,21 @@ class Watch:
             )
         return new
 
-    def _mean(self, signal: Signal, notes: Sequence[tuple[float, int]]) -> tuple[float, Variance | None]:
-        """Mean of some notes, and the variance of its difference to a mean of the calibration; None: not known yet.
+    def _variance(self, signal: Signal, earlier: Sequence[float], steps: int, count: int) -> Variance | None:
+        """Of the difference between a mean of so many ``steps`` and pictures and one of the calibration.
 
-        Steps are the independent unit, and differ as all steps of the run so far did, but never less than so many
-        independent pictures would.
+        Steps are the independent unit. They are taken to differ as the ``earlier`` ones of the run did, since a
+        collapse would hide in what it adds to the differences itself, but never less than so many independent pictures
+        would. None where earlier steps are too few. Looks at the panel are of prompts, which are independent.
         """
-        count = sum(n for _, n in notes)
-        mean = sum(value * n for value, n in notes) / count
         known = Variance(signal.error**2, signal.count - 1)
         least = Variance(signal.spread**2 / count, signal.count - 1)
-        if signal.source == "panel":
-            return mean, least + known
-        series = [note["means"][signal.name] for note in self.notes if signal.name in note["means"]]
-        if len(series) < _LEAST_SERIES:
-            return mean, None
-        value, freedom = scatter(series)
-        return mean, max(Variance(value / len(notes), freedom), least) + known
+        if signal.source == "panel" or self.given:
+            return least + known
+        if len(earlier) < _LEAST_SERIES:
+            return None
+        value, freedom = scatter(earlier)
+        return max(Variance(value / steps, freedom), least) + known
 
     def rank(self, checkpoints: Sequence[int]) -> list[Place]:
         """Where the checkpoints of these steps are; without an axis, or pictures near one, nowhere."""
@@ -310,7 +318,8 @@ class Watch:
         return places
 
     def _trend(self, name: str, step: int) -> float:
-        known = [(note["step"], note["means"][name]) for note in self.notes if name in note["means"]]
+        known = [(note["step"], note["means"].get(name, math.nan)) for note in self.notes]
+        known = [(at, mean) for at, mean in known if math.isfinite(mean)]
         # Where weights that move evenly have their average.
         behind = self.decay * (1 - self.decay**step) / (1 - self.decay)
         return trend([at for at, _ in known], [mean for _, mean in known], step - behind, self.width)

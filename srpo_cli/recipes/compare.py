@@ -24,13 +24,15 @@ from srpo_cli import __version__
 from srpo_cli.config.benchmark import load_benchmark
 from srpo_cli.config.comparison import BASE, Comparison
 from srpo_cli.config.load import MINIATURE, Resolved, load_train_config
+from srpo_cli.config.schema import TrainConfig
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.recipes.evaluate import SUMMARY_KEYS
 from srpo_cli.recipes.judges import plan_judges
 from srpo_cli.recipes.plan import count
 from srpo_cli.recipes.results import RESULTS, read_result
+from srpo_cli.recipes.resume import digest
 from srpo_cli.runtime.checkpoints import list_checkpoints
-from srpo_cli.runtime.folder import CONFIG, SUMMARY, disk_errors
+from srpo_cli.runtime.folder import CONFIG, SUMMARY, disk_errors, locked
 from srpo_cli.runtime.plan import Counts, choose, this_machine
 from srpo_cli.runtime.signals import StopRequest
 
@@ -38,7 +40,6 @@ GRADIENT_PASS = 3
 """What a pass forward and backward costs, in forwards: the backward pass is two more of their size."""
 
 _PAUSE = 0.2  # seconds between looks at the processes
-_ENOUGH = 64  # prompts that a curve of checkpoints is measured on
 
 Say = Callable[[str], None]
 
@@ -116,7 +117,7 @@ class Cell:
             found = load_train_config(file).config
         except UsageError as error:
             raise UsageError(f"{error} Remove {self.folder}, and it is trained again.") from error
-        if found != self.resolved.config:
+        if _what_counts(found) != _what_counts(self.resolved.config):
             raise UsageError(
                 f"{self.folder} was trained with other settings than {self.label} has now: choose another --output, or "
                 "remove that folder"
@@ -127,6 +128,11 @@ class Cell:
         begun = (self.folder / CONFIG).is_file()
         arguments = ["--resume", str(self.folder)] if begun else self.arguments
         return Job(self.name, ["train", *arguments, "--quiet"], logs / f"{'-'.join(self.folder.parts[-3:])}.log")
+
+
+def _what_counts(config: TrainConfig) -> tuple[Any, ...]:
+    """All of a run's settings but how often it is saved and shown."""
+    return digest(config), config.train.steps, config.evaluation
 
 
 @dataclass(frozen=True)
@@ -156,10 +162,7 @@ class Table:
         for method in comparison.methods:
             if method.tuning and method.tuning.by not in SUMMARY_KEYS:
                 raise UsageError.unknown(f"figure that {method.label} is tuned by:", method.tuning.by, SUMMARY_KEYS)
-        trials = self.trials()
-        open_labels = {cell.label for cell in trials if not cell.is_finished}
-        rates = {label: lr for label, lr in self.rates().items() if label not in open_labels}
-        for cell in [*trials, *self.cells(rates)]:
+        for cell in [*self.trials(), *self.cells(self.rates())]:
             cell.check()
 
     def steps(self, label: str) -> int:
@@ -191,11 +194,13 @@ class Table:
     def rates(self) -> dict[str, float]:
         """The learning rate of every tuned method: that of the trial which came out best.
 
-        A method whose trials all failed has none.
+        None for a method with a trial that is missing: another choice later would not be that of its runs.
         """
         best: dict[str, tuple[float, float]] = {}
-        for cell in self.trials():
-            if not cell.is_finished:
+        trials = self.trials()
+        missing = {cell.label for cell in trials if not cell.is_finished}
+        for cell in trials:
+            if cell.label in missing:
                 continue
             tuning = self.comparison.method(cell.label).tuning
             figures = cell.summary()["tuned"]
@@ -257,9 +262,11 @@ class Table:
     def evaluations(self, cells: Sequence[Cell]) -> list[Job]:
         """The commands that measure the finished runs of a seed beside the untrained model, a result for each seed.
 
-        One more measures the checkpoints of those whose costs are compared. What has been measured so is left out.
+        Another one measures the checkpoints of those whose costs are compared. What has been measured so is left out.
         """
         comparison = self.comparison
+        judges = [judge for judge in self.judges if comparison.rate in judge.headings]
+        metrics = [word for judge in judges for metric in judge.metrics for word in ("--metric", metric)]
         base = f"{BASE}={comparison.model}"
         jobs = []
         for seed in comparison.seeds:
@@ -269,22 +276,20 @@ class Table:
             models = [f"{cell.model}={cell.folder}" for cell in own]
             limit = ["--limit", str(comparison.prompts)] if comparison.prompts else []
             jobs += self._evaluation(f"seed-{seed}", [base, *models], limit, own)
-        own = [cell for cell in cells if self.has_curve(cell)]
-        points = [
-            f"{cell.point(checkpoint.step)}={checkpoint.path}"
-            for cell in own
-            for checkpoint in list_checkpoints(cell.folder / "checkpoints")
-        ]
-        if points and comparison.rate:
-            few = ["--limit", str(min(comparison.prompts or _ENOUGH, _ENOUGH))]
-            for judge in self.judges:
-                if comparison.rate in judge.headings:
-                    few += [word for metric in judge.metrics for word in ("--metric", metric)]
-            jobs += self._evaluation("curves", [base, *points], few, own)
+            followed = [cell for cell in own if self.has_curve(cell)]
+            points = [
+                f"{cell.point(checkpoint.step)}={checkpoint.path}"
+                for cell in followed
+                for checkpoint in list_checkpoints(cell.folder / "checkpoints")
+            ]
+            if points:
+                jobs += self._evaluation(f"curves-{seed}", [base, *points], [*limit, *metrics], followed)
         return jobs
 
     def has_curve(self, cell: Cell) -> bool:
-        return cell.is_finished and self.comparison.method(cell.label).checkpoints > 1
+        """Whether a run's checkpoints are measured, too."""
+        several = self.comparison.method(cell.label).checkpoints > 1
+        return cell.is_finished and several and self.comparison.rate is not None
 
     def _evaluation(self, name: str, models: Sequence[str], more: Sequence[str], cells: Sequence[Cell]) -> list[Job]:
         folder = self.output / "evaluation" / name
@@ -317,6 +322,11 @@ def compare(table: Table, at_once: int, stop: StopRequest, say: Say) -> Ended:
     say(f"comparison: {table.output}")
     with disk_errors(table.output):
         (table.output / "logs").mkdir(parents=True, exist_ok=True)
+    with locked(table.output):
+        return _do_all(table, at_once, stop, say)
+
+
+def _do_all(table: Table, at_once: int, stop: StopRequest, say: Say) -> Ended:
     logs = table.output / "logs"
     trials = table.trials()
     ended = _train(trials, "to choose learning rates by", logs, at_once, stop, say)
@@ -324,8 +334,11 @@ def compare(table: Table, at_once: int, stop: StopRequest, say: Say) -> Ended:
         return ended
     failed = dict(ended.failed)
     rates = table.rates()
-    for label, lr in rates.items():
-        say(f"{label}: lr {lr:g}")
+    for method in table.comparison.methods:
+        if method.label in rates:
+            say(f"{method.label}: lr {rates[method.label]:g}")
+        elif method.tuning:
+            say(f"{method.label}: left out, since a trial of its learning rate failed: mend it, or take that rate out")
     cells = table.cells(rates)
     for cell in cells:
         cell.check()

@@ -16,9 +16,9 @@ from torch import Tensor
 from srpo_cli import __version__
 from srpo_cli.config.comparison import BASE
 from srpo_cli.errors import SrpoError
-from srpo_cli.metrics.aggregate import ALL, is_share, mean_absolute
-from srpo_cli.metrics.comparison import FEWEST_SEEDS, cost_at, farthest, over_seeds
-from srpo_cli.metrics.intervals import DRAWS, Interval, rate_interval, resample
+from srpo_cli.metrics.aggregate import ALL, Measure, is_share, mean_absolute
+from srpo_cli.metrics.comparison import FEWEST_SEEDS, cost_at, farthest, over_seeds, ratio_over_seeds
+from srpo_cli.metrics.intervals import DRAWS, Interval, interval, rate_interval, resample
 from srpo_cli.pages.writing import NONE, number
 from srpo_cli.recipes.compare import GRADIENT_PASS, Cell, Table
 from srpo_cli.recipes.results import TABLE, Result, as_measure, markdown, markdown_table, read_result, shown
@@ -30,6 +30,9 @@ from srpo_cli.runtime.pictures import open_picture, save_grid
 COMPARISON, PAGE, GRID = "comparison.json", "table.md", "grid.png"
 
 _DISTANCE = "photo_distance"  # the measure by which pictures are near photographs, or far
+UNITS = {"passes": "forwards", "cpu_seconds": "CPU seconds"}
+"""What costs are told in."""
+
 _DIGITS = 3  # in tables, whose columns are many and whose intervals are wider than more would tell
 _SHOWN = 8  # prompts in the picture grid
 _COSTS = {
@@ -66,7 +69,10 @@ def summarise(table: Table, failed: Mapping[str, str]) -> dict[str, Any]:
         "measures": [measures[name] for name in columns],
         "methods": methods,
         "groups": {name: _hacking([BASE, *labels], results, measures) for name, labels in groups.items()},
-        "differences": {name: differences(labels, comparison.reference, methods) for name, labels in groups.items()},
+        "differences": {
+            name: differences(labels, comparison.reference, results, [as_measure(measures[each]) for each in columns])
+            for name, labels in groups.items()
+        },
         "tuning": _tuning(table, rates),
         "costs": _costs(table, cells),
         "failed": dict(failed),
@@ -122,29 +128,42 @@ def _method(
 
 
 def differences(
-    labels: Sequence[str], reference: str | None, methods: Mapping[str, Mapping[str, Any]]
+    labels: Sequence[str], reference: str | None, results: Mapping[int, Result], measures: Sequence[Measure]
 ) -> dict[str, dict[str, Any]]:
     """What sets each method of a table apart from ``reference``, or its first one where that is none of them.
 
-    Runs of a seed share their prompts and noises, and so does what measures them: seed by seed, with intervals over
-    seeds, of which it takes three, on these prompts.
+    Runs of a seed share their prompts and noises, and so does what measures them: told seed by seed and prompt by
+    prompt, with intervals for other seeds and prompts, from three seeds on. They are not corrected for their number.
     """
     reference = reference if reference in labels else labels[0]
     found: dict[str, dict[str, Any]] = {}
     for label in labels:
-        common = methods[reference]["seeds"], methods[label]["seeds"]
-        figures = {
-            name: [own[seed] - common[0][name][seed] for seed in own if seed in common[0][name]]
-            for name, own in common[1].items()
-        }
-        if label != reference and all(len(own) >= FEWEST_SEEDS for own in figures.values()):
-            found[label] = {
-                "against": reference,
-                **{
-                    name: over_seeds([Interval(*[each] * 3) for each in own])._asdict() for name, own in figures.items()
-                },
-            }
+        there = [
+            (result.table, f"{label}.{seed}", f"{reference}.{seed}")
+            for seed, result in results.items()
+            if {f"{label}.{seed}", f"{reference}.{seed}"} <= set(result.table["model"])
+        ]
+        if label != reference and len(there) >= FEWEST_SEEDS:
+            own = {each.name: over_seeds([_difference(each, *seed) for seed in there])._asdict() for each in measures}
+            found[label] = {"against": reference, **own}
     return found
+
+
+def _difference(measure: Measure, pictures: pd.DataFrame, model: str, reference: str) -> Interval:
+    """A measure of one model minus that of another, with an interval over the prompts, those of one text together."""
+    columns, sums = list(measure.columns), []
+    for name in (model, reference):
+        by_text = pictures[pictures["model"] == name].groupby("prompt", sort=True)
+        sums += [by_text[columns].sum().to_numpy(), by_text.size().to_numpy()[:, None]]
+    together = np.concatenate(sums, axis=1)
+    texts, width = len(together), len(columns) + 1
+
+    def values(rows: np.ndarray) -> np.ndarray:
+        means = [rows[:, at : at + width - 1] / rows[:, at + width - 1 : at + width] for at in (0, width)]
+        own, other = (measure.reduce(torch.from_numpy(each)) for each in means)
+        return (own - other).numpy()
+
+    return interval(values(together.sum(0)[None]).item(), values(resample(together, DRAWS, seed=0)), texts)
 
 
 def _scale(name: str, results: Mapping[int, Result]) -> tuple[float, float]:
@@ -161,17 +180,29 @@ def _scale(name: str, results: Mapping[int, Result]) -> tuple[float, float]:
 
 def _hacking(
     labels: Sequence[str], results: Mapping[int, Result], measures: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, float] | None]:
-    """By label the share of prompts of which it has the picture farthest from photographs, None where not measured."""
-    shares: dict[str, list[Interval]] = {label: [] for label in labels}
+) -> dict[str, dict[str, Any]]:
+    """By label for what share of the prompts its picture is the farthest from photographs, of all and than the base's.
+
+    None where that is not measured.
+    """
+    farthest_of_all: dict[str, list[Interval]] = {label: [] for label in labels}
+    than_base: dict[str, list[Interval]] = {label: [] for label in labels}
     for seed, result in results.items():
         models = [label if label == BASE else f"{label}.{seed}" for label in labels]
         if _DISTANCE not in measures or not set(models) <= {model["label"] for model in result.data["models"]}:
             continue  # a run of this seed failed, and the others' shares would be larger for it
-        distances = [_distances(result.table, model, measures[_DISTANCE]["columns"]) for model in models]
-        for label, share in zip(labels, farthest(torch.stack(distances)), strict=True):
-            shares[label].append(_share(share))
-    return {label: over_seeds(own, 0, 1)._asdict() if own else None for label, own in shares.items()}
+        distances = torch.stack([_distances(result.table, model, measures[_DISTANCE]["columns"]) for model in models])
+        for label, share, own in zip(labels, farthest(distances), distances, strict=True):
+            farthest_of_all[label].append(_share(share))
+            if label != BASE:
+                than_base[label].append(_share((own > distances[labels.index(BASE)]).double()))
+    return {
+        label: {
+            "farthest": over_seeds(farthest_of_all[label], 0, 1)._asdict() if farthest_of_all[label] else None,
+            "than_base": over_seeds(than_base[label], 0, 1)._asdict() if than_base[label] else None,
+        }
+        for label in labels
+    }
 
 
 def _share(values: Tensor) -> Interval:
@@ -183,7 +214,7 @@ def _share(values: Tensor) -> Interval:
 
 def _distances(pictures: pd.DataFrame, model: str, columns: Sequence[str]) -> Tensor:
     """Of each picture of a model the mean absolute deviation from photographs of its prompt, (N,)."""
-    own = pictures.loc[pictures["model"] == model, list(columns)]
+    own = pictures[pictures["model"] == model].sort_values(["item", "image"])[list(columns)]
     return torch.from_numpy(own.abs().mean(axis=1).to_numpy())
 
 
@@ -213,44 +244,81 @@ def passes(ledger: Mapping[str, float]) -> float:
 
 
 def _costs(table: Table, cells: Sequence[Cell]) -> dict[str, Any] | None:
-    """What it took each method with several checkpoints to come up to each level, seed by seed; None: not compared."""
+    """What it took each method with several checkpoints to come up to each level, seed by seed; None: not compared.
+
+    Levels that the untrained model is at are left out.
+    """
     comparison = table.comparison
-    folder = table.output / "evaluation" / "curves"
-    if comparison.rate is None or not (folder / TABLE).exists():
+    if comparison.rate is None:
         return None
-    figures = read_result(folder).data["figures"]
-    base = figures[BASE][ALL][comparison.rate]["mean"]
+    bases: list[float] = []
     curves: dict[str, dict[int, list[dict[str, float]]]] = {}
-    for cell in filter(table.has_curve, cells):
-        checkpoints = list_checkpoints(cell.folder / "checkpoints")
-        if not {cell.point(checkpoint.step) for checkpoint in checkpoints} <= figures.keys():
-            continue  # the last evaluation failed, and this one is older
-        curve = [{"step": 0, "passes": 0.0, "cpu_seconds": 0.0, "value": base}]
-        for checkpoint in checkpoints:
-            value = figures[cell.point(checkpoint.step)][ALL][comparison.rate]["mean"]
-            curve.append({"step": checkpoint.step, **_spent(checkpoint), "value": value})
-        curves.setdefault(cell.label, {})[cell.seed] = curve
+    for seed in comparison.seeds:
+        folder = table.output / "evaluation" / f"curves-{seed}"
+        if not (folder / TABLE).exists():
+            continue
+        figures = read_result(folder).data["figures"]
+        values = {model: own[ALL][comparison.rate]["mean"] for model, own in figures.items()}
+        bases.append(values[BASE])
+        for cell in cells:
+            checkpoints = list_checkpoints(cell.folder / "checkpoints")
+            if cell.seed != seed or not table.has_curve(cell):
+                continue
+            if {cell.point(checkpoint.step) for checkpoint in checkpoints} <= values.keys():  # else it is older
+                curves.setdefault(cell.label, {})[seed] = _curve(cell, checkpoints, values)
     if not curves:
         return None
+    levels = [level for level in comparison.levels if level > max(bases)]
     reached = {
         label: {
             f"{level:g}": {
-                unit: [
-                    cost_at(level, [point[unit] for point in curve], [point["value"] for point in curve])
-                    for curve in own.values()
-                ]
-                for unit in ("passes", "cpu_seconds")
+                unit: {
+                    seed: cost_at(level, [point[unit] for point in curve], [point["value"] for point in curve])
+                    for seed, curve in own.items()
+                }
+                for unit in UNITS
             }
-            for level in comparison.levels
+            for level in levels
         }
         for label, own in curves.items()
     }
-    return {"base": base, "curves": curves, "reached": reached}
+    return {
+        "base": fmean(bases),
+        "curves": curves,
+        "reached": reached,
+        "ratios": _ratios(reached, comparison.reference),
+    }
 
 
-def _spent(checkpoint: Checkpoint) -> dict[str, float]:
-    ledger = checkpoint.state()["ledger"]
+def _curve(cell: Cell, checkpoints: Sequence[Checkpoint], values: Mapping[str, float]) -> list[dict[str, float]]:
+    """Cost and value at each checkpoint of a run, after those of the untrained model when training began.
+
+    By then a method with a target has spent what it takes to measure it.
+    """
+    began = checkpoints[0].state()["prepared"]
+    curve = [{"step": 0, **_spent(began), "value": values[BASE]}]
+    for checkpoint in checkpoints:
+        spent = _spent(checkpoint.state()["ledger"])
+        curve.append({"step": checkpoint.step, **spent, "value": values[cell.point(checkpoint.step)]})
+    return curve
+
+
+def _spent(ledger: Mapping[str, float]) -> dict[str, float]:
     return {"passes": passes(ledger), "cpu_seconds": ledger["cpu_seconds"]}
+
+
+def _ratios(reached: Mapping[str, Any], reference: str) -> dict[str, Any]:
+    """How many times the reference's each method's costs are, where both come up to a level from every seed."""
+    found: dict[str, Any] = {}
+    for label, levels in reached.items():
+        for level, units in levels.items():
+            for unit, costs in units.items():
+                own = reached.get(reference, {}).get(level, {}).get(unit, {})
+                known = label != reference and own.keys() == costs.keys()
+                if known and None not in costs.values() and None not in own.values():
+                    ratio = ratio_over_seeds([costs[seed] for seed in costs], [own[seed] for seed in costs])
+                    found.setdefault(label, {}).setdefault(level, {})[unit] = ratio._asdict()
+    return found
 
 
 # --- shown --------------------------------------------------------------------------------------------------------
@@ -263,7 +331,8 @@ def figure_rows(data: Mapping[str, Any], group: str) -> list[dict[str, str]]:
     for label, rate in hacking.items():
         figures = data["methods"][label]["figures"]
         cells = {each["title"]: shown(figures[each["name"]], min(each["digits"], _DIGITS)) for each in data["measures"]}
-        rows.append({"method": label, **cells, "hacking rate": shown(rate, 3)})
+        rates = {"worse than base": shown(rate["than_base"], 3), "hacking rate": shown(rate["farthest"], 3)}
+        rows.append({"method": label, **cells, **rates})
     return rows
 
 
@@ -291,30 +360,29 @@ def cost_rows(data: Mapping[str, Any], group: str) -> list[dict[str, str]]:
 
 
 def level_rows(data: Mapping[str, Any], unit: str) -> list[dict[str, str]]:
-    """A row a method: its mean cost at each level, and how many times the reference's that is.
+    """A row a method: its mean cost at each level, and how many times the reference's that is, with an interval.
 
     Of a level that not all seeds come up to no mean is told, but how many do.
     """
-    reached, reference = data["costs"]["reached"], data["comparison"]["reference"]
-    of_reference = reached.get(reference, {})  # all of its runs may have failed
-    rows = []
-    for label, levels in reached.items():
-        row = {"method": label}
-        for level, costs in levels.items():
-            own = of_reference.get(level, {unit: [None]})
-            row[level] = _at_level(costs[unit], own[unit], label == reference)
-        rows.append(row)
-    return rows
+    reached, ratios = data["costs"]["reached"], data["costs"]["ratios"]
+    return [
+        {
+            "method": label,
+            **{
+                level: _at_level(list(units[unit].values()), ratios.get(label, {}).get(level, {}).get(unit))
+                for level, units in levels.items()
+            },
+        }
+        for label, levels in reached.items()
+    ]
 
 
-def _at_level(costs: Sequence[float | None], references: Sequence[float | None], is_reference: bool) -> str:
+def _at_level(costs: Sequence[float | None], ratio: Mapping[str, float] | None) -> str:
     if None in costs:
         count = sum(cost is not None for cost in costs)
         return f"{count} of {len(costs)} seeds" if count else NONE
-    mean = fmean(costs)
-    if is_reference or None in references or not fmean(references):
-        return _rounded(mean)
-    return f"{_rounded(mean)} ({mean / fmean(references):.1f} x)"
+    times = f"; {ratio['mean']:.1f} x [{ratio['low']:.1f}, {ratio['high']:.1f}]" if ratio else ""
+    return f"{_rounded(fmean(costs))}{times}"
 
 
 def _rounded(value: float) -> str:
@@ -335,6 +403,19 @@ def tuning_rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def tables(data: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Everything that was compared as tables, each with its title."""
+    for group in data["groups"]:
+        yield group, figure_rows(data, group)
+        if rows := difference_rows(data, group):
+            yield f"{group}: differences seed by seed, uncorrected", rows
+        yield f"{group}: what a run cost", cost_rows(data, group)
+    if data["costs"]:
+        rate = data["comparison"]["rate"].replace("_", " ")
+        for unit, title in UNITS.items():
+            yield f"{title} for a {rate}", level_rows(data, unit)
+
+
 def write(table: Table, data: Mapping[str, Any]) -> None:
     """Write ``comparison.json``, ``table.md`` and the picture grid."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
@@ -352,14 +433,14 @@ def _page(data: Mapping[str, Any]) -> Iterator[str]:
         f"Benchmark {markdown(comparison['benchmark'])}; seeds {seeds}; a run may spend about {comparison['budget']:,} "
         f"forwards of the transformer for one picture, a pass with a gradient counted as {GRADIENT_PASS}. Mean [95 % "
         "interval for other seeds and prompts]. Hacking rate: the share of prompts of which a method's picture is the "
-        "one farthest from photographs among those of the table."
+        "one farthest from photographs among those of the table; worse than base: that is farther than the base's."
     )
     for group in data["groups"]:
         yield f"## {markdown(group)}"
         yield markdown_table(figure_rows(data, group))
-        if differences := difference_rows(data, group):
-            yield "Differences seed by seed, on these prompts [95 % interval for other seeds]:"
-            yield markdown_table(differences)
+        if rows := difference_rows(data, group):
+            yield "Differences seed by seed, uncorrected for their number [95 % interval for other seeds and prompts]:"
+            yield markdown_table(rows)
         yield "What a run cost:"
         yield markdown_table(cost_rows(data, group))
     if data["costs"]:
@@ -367,11 +448,12 @@ def _page(data: Mapping[str, Any]) -> Iterator[str]:
         reference = markdown(comparison["reference"])
         base = data["costs"]["base"]
         yield (
-            f"Where a run first comes up to it, between its checkpoints by a straight line, mean over seeds; in "
-            f"brackets how many times what {reference} takes. The untrained model has {base:.3f}."
+            "Where a run first comes up to it, between its checkpoints by a straight line, mean over seeds, with what "
+            f"it took to measure a target; then how many times what {reference} takes from the same seed, geometric "
+            f"mean [95 % interval for other seeds]. The untrained model has {base:.3f}."
         )
-        for unit, title in (("passes", "In forwards:"), ("cpu_seconds", "In CPU seconds:")):
-            yield title
+        for unit, title in UNITS.items():
+            yield f"In {title}:"
             yield markdown_table(level_rows(data, unit))
     if data["tuning"]:
         yield "## Learning rates"

@@ -276,7 +276,7 @@ class Guard:
     def _watch(self, signals: Sequence[Signal]) -> None:
         guard = self.config.guard
         checks = {
-            "rollouts": len(due_steps(self.plan.steps, self.plan.every)),
+            "rollouts": len(due_steps(max(self.plan.steps, self.config.train.steps), self.plan.every)),
             "panel": max(1, len(self.plan.panel)),
         }
         tests = sum(checks[signal.source] * len(signal.sides) for signal in signals)
@@ -286,7 +286,8 @@ class Guard:
         updates = self.config.algorithm.pairs if self.config.algorithm.update == "pair" else 1
         decay = (self.config.train.ema or 0.0) ** updates
         width = max(self.plan.every, _TREND * fresh)
-        self.watch = Watch(by_name, guard.reach, guard.alpha, self.plan.every, tests, width, decay)
+        given = self.config.rollout.source == "pictures"
+        self.watch = Watch(by_name, guard.reach, guard.alpha, self.plan.every, tests, width, decay, given)
 
     # --- the panel ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,7 @@ from srpo_cli.runtime.checkpoints import (
 )
 from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.distributed import Ranks, join_ranks
-from srpo_cli.runtime.folder import SUMMARY, RunFolder
+from srpo_cli.runtime.folder import SUMMARY, RunFolder, locked
 from srpo_cli.runtime.ledger import Ledger
 from srpo_cli.runtime.plan import GIB, Plan, out_of_memory
 from srpo_cli.runtime.progress import StepProgress
@@ -114,12 +114,14 @@ def train(
     """
     quiet_libraries()
     config, device = resolved.config, best_device()
-    with stop_on_signals() as stop, join_ranks(device) as ranks:
+    with stop_on_signals() as stop, join_ranks(device) as ranks, ExitStack() as kept:
         folder = RunFolder(Path(ranks.from_rank_0(str(output))))  # a name with the time in it may differ between ranks
         quiet = quiet or not ranks.leads
         with ranks.together():
             resumed = Resumed(None, config.train.batch_size * ranks.size)
             if resume:
+                if ranks.leads:
+                    kept.enter_context(locked(folder.path))
                 resumed = resume_from(folder, config, ranks)
             elif ranks.leads:
                 folder.check_free()
@@ -130,6 +132,7 @@ def train(
                 folder.go_on(dump_yaml(resolved))
             elif ranks.leads:
                 folder.start(dump_yaml(resolved), processes=ranks.size, device=device.type, batch=run.batch)
+                kept.enter_context(locked(folder.path))
                 run.keep_prompts()
         run.prepare(stop)
         with StepProgress(config.train.steps, run.step, quiet) as progress:
@@ -250,6 +253,8 @@ class Run:
         if self.guard_plan.shortfall:
             self.say(f"guard: off, {self.guard_plan.shortfall}")
         self.ledger = Ledger()
+        self.prepared = self.ledger.state_dict()
+        """What was spent before the first step."""
         self.target: Target | None = None
         self.step, self.stopped_by, self._updated = 0, "", False
         self._stop, self._may_be_asked = StopRequest(), True
@@ -398,11 +403,13 @@ class Run:
         return {
             "target": self.target.state_dict() if self.target else None,
             "ledger": self.ledger.state_dict(),
+            "prepared": self.prepared,
             "evaluator": self.report.evaluator.state_dict(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.ledger.load_state_dict(state["ledger"])
+        self.prepared = state.get("prepared", self.prepared)
         self.report.evaluator.load_state_dict(state["evaluator"])
         if state["target"]:
             self.target = Target(state["target"]["base"], state["target"]["value"])
@@ -431,6 +438,7 @@ class Run:
                     stop.unless_asked(self._measure_base)
             # Where ranks share it, none may leave in the middle of it.
             stop.unless_asked(self._calibrate) if self.ranks.size == 1 else self._calibrate()
+        self.prepared = self.ledger.state_dict()
 
     @contextmanager
     def _as_measured(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +30,25 @@ _PACKAGES = (
     "open_clip_torch",
     "safetensors",
 )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process alone, so that no other one writes there beside it; its end gives it back.
+
+    UsageError where another process has it. Where a disk knows no locks nothing is kept.
+    """
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder} is in use by another process of srpo: wait for it, or end it") from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(place)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM let the step finish and be saved; asking again ends the process at once."""
+"""Ctrl-C, SIGTERM and a closed terminal let the step finish and be saved; asking again ends the process at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, 0 when nothing asked."""
+        """130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP, 0 when nothing asked."""
         return 128 + self.signal if self.signal else 0
 
     def unless_asked(self, work: Callable[[], T]) -> T | None:
@@ -57,9 +57,15 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch the first SIGINT or SIGTERM in the returned request; the handlers of before are back afterwards."""
+    """Catch the first SIGINT, SIGTERM or SIGHUP in the returned request; the handlers of before are back afterwards.
+
+    A SIGHUP that was ignored, as ``nohup`` has it, still is.
+    """
     request = StopRequest()
-    previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, request.handle) for number in numbers}
     try:
         yield request
     finally:

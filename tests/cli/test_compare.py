@@ -131,7 +131,7 @@ def test_a_printed_command_can_be_typed_and_its_run_is_taken(srpo, preset):
     assert again.exit_code == 0, again.stderr
     title, head, *rows = again.stdout.splitlines()
     assert title == "methods" and head.split()[0] == "method" and "hacking rate" in head
-    assert [row.split()[0] for row in rows if row] == ["base", "refl", "method", "refl"]
+    assert [row.split()[0] for row in rows if row] == ["base", "refl", "methods:", "method", "refl"]
     assert "done in" not in again.stderr
 
 

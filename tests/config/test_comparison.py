@@ -152,7 +152,7 @@ def test_a_tuning_seed_may_be_one_of_the_seeds_where_nothing_is_tuned(write):
         (f"{TOP}rate: photo_rate\nreference: srpo{METHODS}", ["rate is photo_rate", "levels and reference together"]),
         (f"{TOP}levels: [1]{METHODS}", ["rate is null", "levels and reference together"]),
         (TOP + COSTS.replace("srpo", "refl") + METHODS, ["reference is refl", "several checkpoints"]),
-        (TOP + COSTS.replace("srpo", "sprp") + METHODS, ["reference is sprp", "several checkpoints"]),
+        (TOP + COSTS.replace("srpo", "sprp") + METHODS, ["reference is sprp", "label of a method"]),
         (f"{TOP}budget: 3{METHODS}", ["appears twice"]),
         (TOP + row("label: x, preset: realims"), ["method x of comparison mine", "'realims'", "'realism'"]),
         (TOP + row("label: x, preset: nope.yaml"), ["method x of comparison mine", "'nope.yaml' does not exist"]),

@@ -14,8 +14,8 @@ def signal(name="saturation", family="look", base=0.0, asked=1.0, spread=1.0, co
     return Signal(name, family, base, asked, spread, count, **facts)
 
 
-def watch(*signals, every=5, tests=100, reach=1.25, alpha=0.05):
-    return Watch({one.name: one for one in signals}, reach, alpha, every, tests)
+def watch(*signals, every=5, tests=100, reach=1.25, alpha=0.05, **facts):
+    return Watch({one.name: one for one in signals}, reach, alpha, every, tests, **facts)
 
 
 @pytest.mark.parametrize(("base", "asked", "low", "high"), [(0.4, 0.2, 0.15, 0.4), (0.2, 0.4, 0.2, 0.45)])
@@ -147,13 +147,12 @@ def test_the_trend_looks_no_further_than_its_width_but_where_the_series_ends():
 def test_a_signal_is_told_once_and_two_families_end_the_run():
     guard = watch(signal(), signal("sgp_gap", "words"))
     told = []
-    for step in range(20):
+    for step in range(26):
         if step and step % 5 == 0:
             told.append([one.name for one in guard.check(step)])
-        guard.note(step, 8, {"saturation": 9.0 if step >= 5 else 0.0, "sgp_gap": 9.0 if step >= 10 else 0.0})
-    assert told == [[], ["saturation"], ["sgp_gap"]]
-    assert guard.collapsed == {"step": 15, "signals": ["saturation", "sgp_gap"]}
-    assert [warning["step"] for warning in guard.warnings] == [10, 15]
+        guard.note(step, 8, {"saturation": 9.0 if step >= 15 else 0.0, "sgp_gap": 9.0 if step >= 20 else 0.0})
+    assert told == [[], [], [], ["saturation"], ["sgp_gap"]]
+    assert guard.warnings[0]["step"] == 20 and guard.warnings[1]["step"] == 25
 
 
 def test_a_check_weighs_means_by_their_pictures_and_looks_at_those_since_the_last():
@@ -166,30 +165,61 @@ def test_a_check_weighs_means_by_their_pictures_and_looks_at_those_since_the_las
     assert guard.checks[-1]["values"] == {"saturation": pytest.approx(1.75)}
 
 
-def test_the_error_of_a_check_is_that_of_its_steps_by_hand():
-    guard = watch(signal(base=0.0, asked=0.0, spread=0.1, count=4), every=5)
-    for step, mean in enumerate([1.0, 3.0, 2.0, 5.0, 4.0]):
-        guard.note(step, 8, {"saturation": mean})
-    guard.check(5)
-    # Differences 2, -1, 3, -1: half of 15/4 over 5 steps, and 0.01 over 4 pictures of the calibration.
-    assert guard.checks[-1]["z"]["saturation"] == pytest.approx(3 / math.sqrt(15 / 8 / 5 + 0.0025))
+def watched(means, *signals, every=5, first=0, **facts):
+    """A watch of runs whose steps have these means of every signal, checked when it is time."""
+    guard = watch(*signals, every=every, **facts)
+    for step, mean in enumerate(means, first):
+        if step and step % every == 0:
+            guard.check(step)
+        guard.note(step, 8, {one.name: mean for one in signals})
+    guard.check(first + len(means))
+    return guard
+
+
+def test_the_error_of_a_check_is_that_of_earlier_steps_by_hand():
+    earlier = [1.0, 3.0, 2.0, 5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+    guard = watched([*earlier, 9.0, 9.0], signal(base=0.0, asked=0.0, spread=0.1, count=4))
+    # Differences 2, -1, 3, -1 and five 0: half of 15/9 over the two steps, and 0.01 over 4 pictures of the calibration.
+    assert guard.checks[-1]["z"]["saturation"] == pytest.approx(9 / math.sqrt(15 / 18 / 2 + 0.0025))
 
 
 def test_the_error_of_a_check_is_never_less_than_that_of_independent_pictures():
-    guard = watch(signal(base=0.0, asked=0.0, spread=1.0, count=100), every=5)
-    for step in range(5):
-        guard.note(step, 8, {"saturation": 3.0})
-    guard.check(5)
+    guard = watched([3.0] * 15, signal(base=0.0, asked=0.0, spread=1.0, count=100))
     assert guard.checks[-1]["z"]["saturation"] == pytest.approx(3 / math.sqrt(1 / 40 + 1 / 100))
 
 
-def test_of_a_few_steps_nothing_is_known_and_nothing_tested():
-    guard = watch(signal(), every=1)
-    for step in range(5):
-        assert guard.checks == [] or guard.checks[-1]["z"] == {}
-        guard.note(step, 8, {"saturation": 99.0})
-        guard.check(step + 1)
-    assert list(guard.checks[-1]["z"]) == ["saturation"]
+def test_after_a_few_steps_nothing_is_known_and_nothing_tested():
+    guard = watched([99.0] * 10, signal(), every=1)
+    assert [len(check["z"]) for check in guard.checks] == [0] * 8 + [1, 1]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("at", [9, 12, 16])
+def test_a_collapse_in_one_step_does_not_hide_in_what_it_adds_to_the_error(every, at):
+    rng = np.random.default_rng(at)
+    means = rng.normal(size=25) / math.sqrt(8)
+    means[at:] += 100
+    guard = watched(means, signal(count=64), signal("sgp_gap", "words", count=64), every=every, tests=400)
+    # A check of five may hold some from before.
+    assert guard.collapsed["step"] <= at + 2 * every
+
+
+def test_a_figure_that_is_no_number_is_left_out_and_no_more():
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=40) / math.sqrt(8)
+    means[20:] += 10
+    clean = watched(means, signal(count=64, axis=True))
+    means[[3, 22]] = math.nan
+    holed = watched(means, signal(count=64, axis=True))
+    assert clean.warnings[0]["step"] == holed.warnings[0]["step"] == 25
+    assert not any(math.isnan(z) for check in holed.checks for z in check["z"].values())
+    assert not math.isnan(holed.rank([20])[0].distance)
+
+
+def test_of_given_pictures_every_look_is_tested():
+    guard = watch(signal(count=64), every=50, given=True)
+    guard.note(50, 4, {"saturation": 9.0})
+    assert [one.name for one in guard.check(50)] == ["saturation"]
 
 
 def test_a_panels_error_is_that_of_its_prompts():

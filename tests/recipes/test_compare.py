@@ -19,10 +19,12 @@ import yaml
 from srpo_cli.cli.app import main
 from srpo_cli.config.comparison import Comparison, load_comparison
 from srpo_cli.errors import SrpoError, UsageError
+from srpo_cli.metrics.aggregate import Measure
 from srpo_cli.pages.writing import NONE
 from srpo_cli.recipes.compare import Job, Table, run_all
 from srpo_cli.recipes.comparison import (
     _hacking,
+    _ratios,
     cost_rows,
     differences,
     figure_rows,
@@ -221,7 +223,7 @@ def test_an_evaluation_is_made_again_once_a_run_is_younger_or_the_command_anothe
     other = Table(comparison(prompts=7), story.folder)
     assert [job.name for job in other.evaluations(other.cells(table.rates()))] == [
         "evaluation seed-1",
-        "evaluation curves",
+        "evaluation curves-1",
     ]
     summary = story.folder / "runs" / "refl" / "seed-1" / "summary.json"
     then = summary.stat().st_mtime_ns
@@ -328,8 +330,10 @@ def test_figures_of_one_seed_are_those_of_its_evaluation(story):
 
 def test_hacking_rates_of_a_table_add_up_to_one(story):
     rates = story.data["groups"]["methods"]
-    assert sum(rate["mean"] for rate in rates.values()) == pytest.approx(1)
-    assert all(0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1 for rate in rates.values())
+    assert sum(rate["farthest"]["mean"] for rate in rates.values()) == pytest.approx(1)
+    assert rates["base"]["than_base"] is None
+    known = [rate["farthest"] for rate in rates.values()] + [rates[label]["than_base"] for label in ("refl", "srpo")]
+    assert all(0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1 for rate in known)
 
 
 def test_a_curve_begins_with_the_untrained_model_and_ends_with_the_run(story):
@@ -340,10 +344,7 @@ def test_a_curve_begins_with_the_untrained_model_and_ends_with_the_run(story):
     assert [point["passes"] for point in curve] == [0, 6 + 3 * 8, 2 * (6 + 3 * 8)]
     assert curve[0]["value"] == costs["base"] == story.data["methods"]["base"]["figures"]["photo_rate"]["mean"]
     assert curve[-1]["value"] == story.data["methods"]["srpo"]["figures"]["photo_rate"]["mean"]
-    assert costs["reached"]["srpo"] == {
-        "0": {"passes": [0], "cpu_seconds": [0]},
-        "2": {"passes": [None], "cpu_seconds": [None]},
-    }
+    assert costs["reached"]["srpo"] == {"2": {"passes": {"1": None}, "cpu_seconds": {"1": None}}}
     (row,) = level_rows(story.data, "passes")
     assert (row["method"], row["2"]) == ("srpo", NONE)
 
@@ -446,7 +447,9 @@ def test_a_command_is_told_by_its_last_line_and_keeps_its_log(tmp_path):
 def result_of(distances: dict[str, list[float]]) -> Result:
     """A result whose pictures deviate from photographs by so much, in one statistic up and in the other down."""
     rows = [
-        {"model": label, "up": value + 0.5, "down": 0.5 - value} for label, own in distances.items() for value in own
+        {"model": label, "item": f"{number:03d}", "image": 0, "up": value + 0.5, "down": 0.5 - value}
+        for label, own in distances.items()
+        for number, value in enumerate(own)
     ]
     return Result({"models": [{"label": label} for label in distances]}, pd.DataFrame(rows), Path())
 
@@ -454,59 +457,99 @@ def result_of(distances: dict[str, list[float]]) -> Result:
 MEASURES = {"photo_distance": {"columns": ["up", "down"]}}
 
 
+def means(shares, kind):
+    return {label: share[kind] and share[kind]["mean"] for label, share in shares.items()}
+
+
 def test_shares_of_the_farthest_picture_by_hand():
-    # of four prompts base has the farthest of two, a of one, and one is shared
+    # of four prompts base has the farthest of two, a of one, and one is shared, where a's is not farther
     result = result_of({"base": [3, 3, 1, 2], "a.1": [1, 2, 2, 2], "b.1": [9, 9, 9, 9]})
     shares = _hacking(["base", "a"], {1: result}, MEASURES)
-    assert {label: share["mean"] for label, share in shares.items()} == {"base": 2.5 / 4, "a": 1.5 / 4}
+    assert means(shares, "farthest") == {"base": 2.5 / 4, "a": 1.5 / 4}
+    assert means(shares, "than_base") == {"base": None, "a": 1 / 4}
+
+
+def test_pictures_are_compared_by_their_prompts_and_not_by_their_order():
+    result = result_of({"base": [3, 3, 1, 2], "a.1": [1, 2, 2, 2]})
+    turned = Result(result.data, result.table.iloc[::-1], Path())
+    mixed = Result(result.data, pd.concat([result.table[:4], result.table[4:][::-1]]), Path())
+    shares = [means(_hacking(["base", "a"], {1: each}, MEASURES), "farthest") for each in (result, turned, mixed)]
+    assert shares[0] == shares[1] == shares[2]
 
 
 def test_a_seed_with_a_run_missing_says_nothing_of_shares():
     whole = result_of({"base": [1, 1], "a.1": [2, 2], "b.1": [3, 0]})
     torn = result_of({"base": [9, 9], "a.2": [1, 1]})
     shares = _hacking(["base", "a", "b"], {1: whole, 2: torn}, MEASURES)
-    assert {label: share["mean"] for label, share in shares.items()} == {"base": 0, "a": 0.5, "b": 0.5}
-    assert _hacking(["base", "b"], {2: torn}, MEASURES) == {"base": None, "b": None}
-    assert _hacking(["base", "a"], {1: whole}, {}) == {"base": None, "a": None}
+    assert means(shares, "farthest") == {"base": 0, "a": 0.5, "b": 0.5}
+    assert means(_hacking(["base", "b"], {2: torn}, MEASURES), "farthest") == {"base": None, "b": None}
+    assert means(_hacking(["base", "a"], {1: whole}, {}), "farthest") == {"base": None, "a": None}
+
+
+def of_costs(**costs):
+    return {
+        label: {level: {"passes": dict(enumerate(own, 1))} for level, own in of.items()} for label, of in costs.items()
+    }
 
 
 def test_levels_are_told_as_mean_ratio_count_or_dash():
-    reached = {
-        "srpo": {"0.1": {"passes": [100, 300]}, "0.5": {"passes": [400, None]}, "0": {"passes": [0, 0]}},
-        "slow": {"0.1": {"passes": [900, 1100]}, "0.5": {"passes": [4, 8]}, "0": {"passes": [0, 0]}},
-        "never": {"0.1": {"passes": [None, 5]}, "0.5": {"passes": [None, None]}, "0": {"passes": [0, 0]}},
-    }
-    data = {"costs": {"reached": reached}, "comparison": {"reference": "srpo"}}
+    reached = of_costs(
+        srpo={"0.1": [100, 400], "0.5": [400, None]},
+        slow={"0.1": [900, 900], "0.5": [4, 8]},
+        never={"0.1": [None, 5], "0.5": [None, None]},
+    )
+    data = {"costs": {"reached": reached, "ratios": _ratios(reached, "srpo")}}
+    # 9 times and 2.25 times: 4.5 times by the geometric mean, and two seeds say nothing of others
     assert level_rows(data, "passes") == [
-        {"method": "srpo", "0.1": "200", "0.5": "1 of 2 seeds", "0": "0"},
-        {"method": "slow", "0.1": "1,000 (5.0 x)", "0.5": "6", "0": "0"},
-        {"method": "never", "0.1": "1 of 2 seeds", "0.5": NONE, "0": "0"},
+        {"method": "srpo", "0.1": "250", "0.5": "1 of 2 seeds"},
+        {"method": "slow", "0.1": "900; 4.5 x [4.5, 4.5]", "0.5": "6"},
+        {"method": "never", "0.1": "1 of 2 seeds", "0.5": NONE},
     ]
 
 
 def test_without_a_run_of_the_reference_there_are_costs_and_no_ratios():
-    data = {
-        "costs": {"reached": {"slow": {"0.1": {"passes": [900, 1100]}}}},
-        "comparison": {"reference": "srpo"},
-    }
+    reached = of_costs(slow={"0.1": [900, 1100]})
+    data = {"costs": {"reached": reached, "ratios": _ratios(reached, "srpo")}}
     assert level_rows(data, "passes") == [{"method": "slow", "0.1": "1,000"}]
 
 
-def of_seeds(*figures):
-    return {"seeds": {"reward": dict(enumerate(figures, 1))}}
+def of_seeds(**rewards):
+    """Results of three seeds, of one picture of each of four texts, two of which are of one prompt."""
+    results = {}
+    for seed in (1, 2, 3):
+        rows = [
+            {"model": f"{label}.{seed}", "prompt": text, "reward": value}
+            for label, own in rewards.items()
+            for text, value in zip("aabc", own(seed), strict=True)
+        ]
+        results[seed] = Result({}, pd.DataFrame(rows), Path())
+    return results
+
+
+REWARD = [Measure("reward", "reward", ("reward",))]
 
 
 def test_differences_are_told_seed_by_seed():
-    methods = {"srpo": of_seeds(1.0, 2.0, 6.0), "refl": of_seeds(1.5, 2.4, 6.6), "draft": of_seeds(0.0, 0.0, 0.0)}
-    found = differences(["draft", "refl", "srpo"], "srpo", methods)
-    assert list(found) == ["draft", "refl"]
-    # 0.5, 0.4 and 0.6: Student's t with 2 degrees of freedom times 0.1 / sqrt(3)
+    results = of_seeds(
+        srpo=lambda seed: [seed, 2, 3, 9],
+        refl=lambda seed: [seed + 0.3 + 0.1 * seed, 2.3 + 0.1 * seed, 3.3 + 0.1 * seed, 9.3 + 0.1 * seed],
+    )
+    found = differences(["refl", "srpo"], "srpo", results, REWARD)
+    assert list(found) == ["refl"] and found["refl"]["against"] == "srpo"
+    # 0.4, 0.5 and 0.6 of every prompt: Student's t with 2 degrees of freedom times 0.1 / sqrt(3), and no more
     half = 4.302653 * 0.1 / math.sqrt(3)
     told = found["refl"]["reward"]
     assert (told["mean"], told["low"], told["high"]) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-5)
-    assert found["refl"]["against"] == "srpo"
-    assert differences(["draft", "refl"], "srpo", methods)["refl"]["against"] == "draft"
+    assert differences(["refl", "srpo"], "other", results, REWARD)["srpo"]["against"] == "refl"
+
+
+def test_differences_that_prompts_do_not_share_are_less_sure():
+    results = of_seeds(srpo=lambda _: [0, 0, 0, 0], refl=lambda _: [0, 1, 2, 5])
+    told = differences(["srpo", "refl"], "srpo", results, REWARD)["refl"]["reward"]
+    assert told["mean"] == 2 and told["low"] < 1 < 3 < told["high"]
 
 
 def test_two_seeds_tell_no_difference():
-    assert differences(["srpo", "refl"], "srpo", {"srpo": of_seeds(1.0, 2.0), "refl": of_seeds(1.5, 2.4)}) == {}
+    results = of_seeds(srpo=lambda _: [0, 0, 0, 0], refl=lambda _: [0, 1, 2, 5])
+    del results[3]
+    assert differences(["srpo", "refl"], "srpo", results, REWARD) == {}

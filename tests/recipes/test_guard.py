@@ -253,9 +253,9 @@ def test_a_killed_run_goes_on_with_what_its_guard_had_seen(run, tmp_path, proces
 
 
 def test_a_collapse_ends_the_run_and_what_went_before_is_measured(run):
-    folder = run("optimizer.lr=2e-3", "evaluation.prompts=8", steps=20)
+    folder = run("optimizer.lr=2e-3", "evaluation.prompts=8", steps=30)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["stopped_by"] == "guard" and summary["steps"] <= 15
+    assert summary["stopped_by"] == "guard" and summary["steps"] <= 25
     guard = guard_of(folder)
     assert guard["stopped"]["step"] == summary["steps"]
     assert len({one["family"] for one in guard["signals"] if one["name"] in guard["stopped"]["signals"]}) >= 2
@@ -302,10 +302,10 @@ def test_the_best_checkpoint_is_put_back_before_it_is_shown(own, processes, tiny
 
 
 def test_a_guard_that_only_warns_lets_a_collapsing_run_go_on(run):
-    folder = run("optimizer.lr=2e-3", "guard.action=warn", steps=20)
+    folder = run("optimizer.lr=2e-3", "guard.action=warn", steps=30)
     assert json.loads((folder / "summary.json").read_text())["stopped_by"] == "steps"
     guard = guard_of(folder)
-    assert guard["collapsed"]["step"] < 20
+    assert guard["collapsed"]["step"] < 30
     assert guard["stopped"] is None
 
 
@@ -375,14 +375,14 @@ def test_a_policys_rollouts_are_measured_against_pictures_of_its_own_sampler(run
 
 def test_a_run_that_the_guard_ended_does_not_go_on_and_says_so(run, srpo, tmp_path):
     folder = shutil.copytree(
-        run("optimizer.lr=2e-3", "evaluation.prompts=8", steps=20), tmp_path / "run", symlinks=True
+        run("optimizer.lr=2e-3", "evaluation.prompts=8", steps=30), tmp_path / "run", symlinks=True
     )
     outcome = srpo("train", "--resume", folder)
     assert outcome.exit_code == 0, outcome.stderr
     assert (
         "the guard has ended this run, so it does not go on; a new one with guard.action=warn would" in outcome.stderr
     )
-    assert json.loads((folder / "summary.json").read_text())["steps"] < 20
+    assert json.loads((folder / "summary.json").read_text())["steps"] < 30
 
 
 def test_a_run_that_goes_on_for_longer_keeps_its_guard(run, srpo, tmp_path):
@@ -390,7 +390,8 @@ def test_a_run_that_goes_on_for_longer_keeps_its_guard(run, srpo, tmp_path):
     outcome = srpo("train", "--resume", folder, "--steps", 13)
     assert outcome.exit_code == 0, outcome.stderr
     before, after = guard_of(run()), guard_of(folder)
-    assert (after["plan"], after["tests"], after["signals"]) == (before["plan"], before["tests"], before["signals"])
+    assert (after["plan"], after["signals"]) == (before["plan"], before["signals"])
+    assert after["tests"] > before["tests"], "more checks, each held to more"
     assert [check["step"] for check in after["checks"]] == [5, 10, 13]
     assert after["series"]["step"] == list(range(13))
 

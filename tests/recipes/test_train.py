@@ -164,7 +164,10 @@ def test_the_target_is_measured_and_stops_the_run(tmp_path, tiny, srpo):
     assert summary["steps"] < 30
     assert summary["ledger"]["forwards"] == 2 * 64 * 2 + summary["steps"] * 2 * 2, "the target costs 2 x 64 pictures"
     assert "stopped by target" in outcome.stdout
-    assert (tmp_path / "run" / f"checkpoints/step-{summary['steps']:06d}").is_dir()
+    checkpoint = tmp_path / "run" / f"checkpoints/step-{summary['steps']:06d}"
+    prepared = json.loads((checkpoint / "state.json").read_text())["prepared"]
+    assert (prepared["forwards"], prepared["rollouts"], prepared["updates"]) == (2 * 64 * 2, 2 * 64, 0)
+    assert 0 < prepared["cpu_seconds"] < summary["ledger"]["cpu_seconds"]
 
     outcome = srpo("train", "--resume", tmp_path / "run", "--quiet")
     assert summary_of(tmp_path / "run")["steps"] == summary["steps"], "a target that was reached stays reached"

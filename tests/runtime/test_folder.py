@@ -2,11 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from srpo_cli.errors import SrpoError, UsageError
-from srpo_cli.runtime.folder import CONFIG, RunFolder, disk_errors, write_atomically
+from srpo_cli.runtime.folder import CONFIG, RunFolder, disk_errors, locked, write_atomically
 
 
 def test_a_new_run_holds_its_configuration_and_environment(tmp_path):
@@ -97,3 +99,18 @@ def test_a_cut_off_line_is_dropped_and_later_steps_too(tmp_path):
         file.write('{"step": 4, "los')
     folder.truncate_log(2)
     assert [record["step"] for record in folder.records()] == [1, 2]
+
+
+def test_a_folder_is_one_processs_at_a_time(tmp_path):
+    taken = f"""
+from pathlib import Path
+from srpo_cli.runtime.folder import locked
+with locked(Path({str(tmp_path)!r})):
+    pass
+"""
+    with locked(tmp_path):
+        other = subprocess.run([sys.executable, "-c", taken], capture_output=True, text=True, check=False)
+        assert "is in use by another process of srpo: wait for it, or end it" in other.stderr
+        with pytest.raises(UsageError, match="in use"), locked(tmp_path):
+            pass
+    assert subprocess.run([sys.executable, "-c", taken], check=False).returncode == 0

@@ -21,7 +21,7 @@ with signals.stop_on_signals():
 """
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_is_noted_and_the_handlers_of_before_come_back(number, exit_code):
     before = signal.getsignal(number)
     with stop_on_signals() as stop:
@@ -29,6 +29,16 @@ def test_a_signal_is_noted_and_the_handlers_of_before_come_back(number, exit_cod
         signal.raise_signal(number)
         assert (stop.signal, stop.exit_code) == (number, exit_code)
     assert signal.getsignal(number) is before
+
+
+def test_a_terminal_that_nohup_has_done_away_with_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_a_launcher_passes_on_at_once_is_the_same_request():
