@@ -122,5 +122,5 @@ def _print_commands(table: Table) -> None:
         typer.echo(f"{cell.job(table.output / 'logs')}{'  # at the rate that is chosen' if is_open else ''}")
     note(
         f"{len(trials)} runs to choose learning rates by and {len(cells)} of the table, of about "
-        f"{table.comparison.budget:,} forwards each, or fewer, before they are measured"
+        f"{table.comparison.budget:,} forwards each, or fewer, and what a target takes; then all are measured"
     )

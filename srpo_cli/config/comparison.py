@@ -35,7 +35,14 @@ class Tuning(Section):
         description="what decides, measured on held-out prompts of the validation split: reward, sgp_gap, "
         "photo_distance or another figure of a run's tuned.json"
     )
-    better: Literal["higher", "lower"] = Field("higher", description="which side of it")
+    better: Literal["higher", "lower"] | None = Field(
+        None, description="which side of it; null: the lower one of photo_distance, else the higher one"
+    )
+
+    def merit(self, figure: float) -> float:
+        """A figure, turned round where the lower one is better."""
+        better = self.better or ("lower" if self.by == "photo_distance" else "higher")
+        return figure if better == "higher" else -figure
 
     @model_validator(mode="after")
     def _rising(self) -> Tuning:
@@ -49,7 +56,9 @@ class Method(Section):
 
     label: Label
     preset: Words | None = Field(None, description="NAME, NAME:VARIANT or a file, as `srpo train --preset` takes it")
-    like: Label | None = Field(None, description="in place of preset: an earlier method, with its rate, to vary")
+    like: Label | None = Field(
+        None, description="in place of preset: an earlier method, with its rate and steps, to vary"
+    )
     set: dict[Words, Any] = Field({}, description="values by dotted key, as `srpo train --set` takes them")
     groups: tuple[Words, ...] = Field(("methods",), min_length=1, description="the tables that it stands in")
     tuning: Tuning | None = Field(None, description="null: the learning rate is the preset's")
@@ -151,13 +160,14 @@ class Comparison(Section):
         return list(dict.fromkeys(known))
 
     def method(self, label: str) -> Method:
-        """A method as it is trained: one that is ``like`` another has its preset and settings below its own."""
+        """A method as it is trained: one that is ``like`` another has its preset, settings and steps below its own."""
         named = {method.label: method for method in self.methods}
         own = named[label]
         if own.like is None:
             return own
         below = named[own.like]
-        return own.model_copy(update={"preset": below.preset, "set": {**below.set, **own.set}})
+        settings = {"preset": below.preset, "set": {**below.set, **own.set}, "steps": own.steps or below.steps}
+        return own.model_copy(update=settings)
 
     def rate_owner(self, label: str) -> str:
         """The method whose tuning decides this one's learning rate."""

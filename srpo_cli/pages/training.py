@@ -103,7 +103,7 @@ def _heading(guard: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str
     elif best is None:
         text = "The checkpoints could not be ranked"
     elif collapsed:
-        end = "Stopped" if stopped else "Collapsed"
+        end = "Stopped" if stopped and collapsed["step"] < guard["plan"]["steps"] else "Collapsed"
         text = f"{end} at step {collapsed['step']}; step {best['step']} is the best"
     else:
         text = f"Step {best['step']} is the best"

@@ -164,6 +164,21 @@ class Table:
                 raise UsageError.unknown(f"figure that {method.label} is tuned by:", method.tuning.by, SUMMARY_KEYS)
         for cell in [*self.trials(), *self.cells(self.rates())]:
             cell.check()
+        for seed in comparison.seeds:
+            for name in (f"seed-{seed}", f"curves-{seed}"):
+                self._check_prompts(self.output / "evaluation" / name)
+
+    def _check_prompts(self, folder: Path) -> None:
+        """UsageError where a folder was measured on another number of prompts, of which it would keep the result."""
+        if not (folder / RESULTS).is_file():
+            return
+        command = read_result(folder).data["environment"]["command"]
+        limit = command[command.index("--limit") + 1] if "--limit" in command else None
+        if limit != (self.comparison.prompts and str(self.comparison.prompts)):
+            raise UsageError(
+                f"{folder} was measured on {limit or 'all'} prompts, not {self.comparison.prompts or 'all'}: choose "
+                "another --output, or remove that folder"
+            )
 
     def steps(self, label: str) -> int:
         """How many steps of a method the budget pays for, at least one; fewer where the method says so."""
@@ -206,8 +221,7 @@ class Table:
             figures = cell.summary()["tuned"]
             if tuning.by not in figures:
                 raise UsageError.unknown(f"figure of {cell.folder} to tune {cell.label} by:", tuning.by, figures)
-            figure = figures[tuning.by]["mean"]
-            merit = figure if tuning.better == "higher" else -figure
+            merit = tuning.merit(figures[tuning.by]["mean"])
             if math.isfinite(merit) and (cell.label not in best or merit > best[cell.label][0]):
                 best[cell.label] = (merit, cell.lr)
         return {label: lr for label, (_, lr) in best.items()}

@@ -160,7 +160,7 @@ class Run:
         resumed: where it stands, and how many rollouts a step has over all processes.
         ranks: the processes.
         say: where lines for the user go.
-        warn: where those go that nobody should miss who asked for quiet.
+        warn: where those go that nobody should miss who asked for quiet; None: there, too.
         announce: told about a download before it starts; None: nothing is downloaded.
     """
 
@@ -171,10 +171,10 @@ class Run:
         resumed: Resumed,
         ranks: Ranks,
         say: Callable[[str], None],
-        warn: Callable[[str], None],
+        warn: Callable[[str], None] | None = None,
         announce: Callable[[str], None] | None = None,
     ) -> None:
-        self.config, self.folder, self.ranks, self.say, self.warn = config, folder, ranks, say, warn
+        self.config, self.folder, self.ranks, self.say, self.warn = config, folder, ranks, say, warn or say
         self.device, self.seed, self.batch = ranks.device, config.train.seed, resumed.batch
         checkpoint = resumed.checkpoint
         self.plan = self._settle_plan(checkpoint)

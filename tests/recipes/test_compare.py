@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from srpo_cli.cli.app import main
-from srpo_cli.config.comparison import Comparison, load_comparison
+from srpo_cli.config.comparison import Comparison, Tuning, load_comparison
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.metrics.aggregate import Measure
 from srpo_cli.pages.writing import NONE
@@ -254,6 +254,25 @@ def test_a_method_may_ask_for_fewer_steps_and_not_for_more():
         return Table(comparison(methods=[own]), Path("nowhere")).steps("srpo")
 
     assert (steps(1), steps(99)) == (1, STEPS["srpo"])
+
+
+def test_a_method_like_another_takes_its_steps():
+    own = {"label": "srpo", "preset": "realism", "set": SMALL, "checkpoints": 2, "steps": 1}
+    table = Table(comparison(methods=[own, {"label": "late", "like": "srpo"}]), Path("nowhere"))
+    assert table.steps("late") == 1
+
+
+def test_another_number_of_prompts_is_refused_before_anything_runs(story):
+    with pytest.raises(UsageError, match=r"seed-1 was measured on 8 prompts, not 7: choose another --output"):
+        Table(comparison(prompts=7), story.folder).check()
+
+
+def test_the_lower_photo_distance_is_the_better_one_unless_said_otherwise():
+    def merit(**facts):
+        return Tuning(lr=(1, 2), **facts).merit(3.0)
+
+    assert (merit(by="photo_distance"), merit(by="reward")) == (-3.0, 3.0)
+    assert (merit(by="photo_distance", better="higher"), merit(by="reward", better="lower")) == (3.0, -3.0)
 
 
 def test_the_best_trial_gives_the_rate(story, table, cells):
