@@ -101,7 +101,7 @@ class Comparison(Section):
     description: Words = Field(description="one line")
     model: Words = Field(MINIATURE, description="as `srpo train --model` takes it")
     benchmark: Words = Field(MINIATURE, description="as `srpo eval --benchmark` takes it")
-    prompts: Whole | None = Field(None, ge=1, description="measure on so many of its prompts only; null: all")
+    prompts: Whole | None = Field(None, ge=2, description="measure on so many of its prompts only; null: all")
     budget: Whole = Field(
         ge=1,
         description="what a run may spend, in forwards of the transformer for one picture; a pass with a gradient "

@@ -224,7 +224,7 @@ def _tuning(table: Table, rates: Mapping[str, float]) -> list[dict[str, Any]]:
         {
             "label": cell.label,
             "lr": cell.lr,
-            "chosen": cell.lr == rates[cell.label],
+            "chosen": cell.lr == rates.get(cell.label),
             "by": table.comparison.method(cell.label).tuning.by,
             "figures": {name: _finite(figure["mean"]) for name, figure in cell.summary()["tuned"].items()},
         }

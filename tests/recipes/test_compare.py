@@ -256,6 +256,15 @@ def test_a_method_may_ask_for_fewer_steps_and_not_for_more():
     assert (steps(1), steps(99)) == (1, STEPS["srpo"])
 
 
+def test_a_method_with_a_trial_missing_has_no_rate_and_is_told_all_the_same(copied):
+    (copied / "tuning" / "refl" / "lr-0.0001" / "summary.json").unlink()
+    table = Table(comparison(), copied)
+    assert table.rates() == {}
+    data = summarise(table, {})
+    assert list(data["methods"]) == ["base", "srpo"]
+    assert [(trial["lr"], trial["chosen"]) for trial in data["tuning"]] == [(1e-5, False)]
+
+
 def test_a_method_like_another_takes_its_steps():
     own = {"label": "srpo", "preset": "realism", "set": SMALL, "checkpoints": 2, "steps": 1}
     table = Table(comparison(methods=[own, {"label": "late", "like": "srpo"}]), Path("nowhere"))
