@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from srpo_cli.algorithms.base import Generators, Rollout
+from srpo_cli.algorithms.base import Rollout
 from srpo_cli.algorithms.judging import DirectMethod, Verdict
 from srpo_cli.core.recover import add_noise, recover
 from srpo_cli.core.schedule import expand_to
@@ -45,13 +45,11 @@ class DirectAlign(DirectMethod):
     def predict(self, rollout: Rollout, draws: Sequence[Injection]) -> Tensor:
         return self.recovery(rollout, draws).x_0_hat
 
-    def verdict(
-        self, images: Tensor, prompts: Sequence[str], step: int, draws: Sequence[Injection], generator: Generators
-    ) -> Verdict:
+    def verdict(self, rewards: Sequence[Tensor], draws: Sequence[Injection]) -> Verdict:
         """As for every method; UsageError for an inverting draw, through which a reward raised would sink."""
         if any(draw.branch == "invert" for draw in draws):
             raise UsageError("direct-align only denoises, and a draw inverts: set branches to [denoise], or use srpo")
-        return super().verdict(images, prompts, step, draws, generator)
+        return super().verdict(rewards, draws)
 
     def kind(self, draw: Injection) -> str:
         return draw.branch

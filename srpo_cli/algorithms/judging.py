@@ -62,9 +62,17 @@ class Judging:
             step: number of the step, which picks the control words of the relative form.
             generator: of the augmentation.
         """
-        if self.relative:
-            return relative_reward(*self._scores(images, prompts, self.control_words.at(step), generator), srp())
-        return self.reward.scores(self._augmented(images, generator), prompts)[0]
+        return self._trained(self._scores(images, self.texts(prompts, step), generator))
+
+    def texts(self, prompts: Sequence[str], step: int) -> list[Sequence[str]]:
+        """What the reward is asked for, to judge: the prompts, or each with the two words of the step in turn."""
+        if not self.relative:
+            return [prompts]
+        return [self.control_words.texts(word, prompts) for word in self.control_words.at(step)]
+
+    def _trained(self, rewards: Sequence[Tensor]) -> Tensor:
+        """The reward that is trained, (B,), of those for :meth:`texts`."""
+        return relative_reward(*rewards, srp()) if self.relative else rewards[0]
 
     def calls(self, draw: Any, samples: int) -> int:
         """Calls of the model with gradient that a draw makes for so many ``samples``, counted in samples."""
@@ -81,7 +89,8 @@ class Judging:
 
         Returns the mean reward for the positive texts minus that for the negative ones, (B,).
         """
-        return self.control_words.gap(self._scores(images, prompts, self.control_words.all, generator))
+        words = self.control_words
+        return words.gap(self._scores(images, [words.texts(word, prompts) for word in words.all], generator))
 
     @torch.no_grad()
     def measure(
@@ -99,11 +108,8 @@ class Judging:
         plain = 1 + len(others)
         return *scores[:plain], words.gap(scores[plain:])
 
-    def _scores(
-        self, images: Tensor, prompts: Sequence[str], words: Sequence[str], generator: Generators
-    ) -> tuple[Tensor, ...]:
-        """Reward (B,) of the pictures, augmented once, for each word put to their prompts."""
-        texts = (self.control_words.texts(word, prompts) for word in words)
+    def _scores(self, images: Tensor, texts: Sequence[Sequence[str]], generator: Generators) -> tuple[Tensor, ...]:
+        """Rewards (B,) of the pictures, augmented once, for each column of texts."""
         return self.reward.scores(self._augmented(images, generator), *texts)
 
     def _augmented(self, images: Tensor, generator: Generators) -> Tensor:
@@ -121,12 +127,24 @@ class Verdict(NamedTuple):
     gap: Tensor | None = None
 
 
+class Captions(NamedTuple):
+    """What brings pictures back to their prompts: their caption margin is raised beside the reward.
+
+    ``weight`` is that of the margin, the reward for a picture's prompt minus that for its ``wrong`` one, of B; see
+    :class:`srpo_cli.core.target.CaptionMargin`.
+    """
+
+    weight: float
+    wrong: Sequence[str]
+
+
 @dataclass(frozen=True)
 class Trace:
     """What one draw computed, detached; (B, ...) tensors in the order in which they came to be.
 
-    ``loss`` is per sample, after sample weights and before the batch mean and ``scale``; ``x_0_hat_grad`` is
-    the gradient of the scaled loss, the one tensor that the transformer's backward pass starts from.
+    ``loss`` is per sample, after sample weights and captions and before the batch mean and ``scale``;
+    ``x_0_hat_grad`` is the gradient of the scaled loss, the one tensor that the transformer's backward pass starts
+    from.
     """
 
     kind: str
@@ -170,11 +188,14 @@ class DirectMethod(Judging):
         """
         raise NotImplementedError
 
-    def verdict(
-        self, images: Tensor, prompts: Sequence[str], step: int, draws: Sequence[Any], generator: Generators
-    ) -> Verdict:
-        """What is maximised of the pictures of :meth:`predict`, all len(draws) * B of them."""
-        return Verdict(self.judge(images, prompts, step, generator=generator))
+    def verdict(self, rewards: Sequence[Tensor], draws: Sequence[Any]) -> Verdict:
+        """What is maximised of the rewards for :meth:`texts` of all len(draws) * B pictures of :meth:`predict`."""
+        return Verdict(self._trained(rewards))
+
+    def direction(self, draws: Sequence[Any]) -> Tensor | float:
+        """1 where raising what a predicted picture is worth trains the model to draw such pictures, -1 where lowering
+        it does; one for all, or (len(draws) * B,)."""
+        return 1.0
 
     def kind(self, draw: Any) -> str:
         """What the metrics of a draw are called."""
@@ -187,6 +208,7 @@ class DirectMethod(Judging):
         step: int,
         *,
         weights: Tensor | None = None,
+        captions: Captions | None = None,
         scale: float | None = None,
         generator: Generators = None,
         batched: bool = False,
@@ -199,6 +221,7 @@ class DirectMethod(Judging):
             step: number of the step, which picks the control words.
             weights: loss weight per sample, (B,); 1 if not given. See
                 :meth:`srpo_cli.core.target.Target.weights`.
+            captions: raised beside the reward, whatever ``weights`` are; None for nothing.
             scale: factor on each draw's mean loss; ``1 / len(draws)`` if not given.
             generator: of the augmentation.
             batched: all draws in one pass of the model, which changes the order of sums and nothing else.
@@ -207,7 +230,7 @@ class DirectMethod(Judging):
         reward and, where the method knows it, gap (reward of the positive text minus that of the negative).
         """
         scale = 1 / len(draws) if scale is None else scale
-        options = {"weights": weights, "scale": scale, "generator": generator}
+        options = {"weights": weights, "captions": captions, "scale": scale, "generator": generator}
         traces = [
             trace for group in passes(draws, batched) for trace in self.backward_pass(rollout, group, step, **options)
         ]
@@ -227,6 +250,7 @@ class DirectMethod(Judging):
         step: int,
         *,
         weights: Tensor | None = None,
+        captions: Captions | None = None,
         scale: float = 1.0,
         generator: Generators = None,
     ) -> list[Trace]:
@@ -242,10 +266,17 @@ class DirectMethod(Judging):
         leaf = x_0_hat.detach().requires_grad_()
         images = self.model.decode(leaf, rollout.size)
         generators = generator if generator is None or isinstance(generator, torch.Generator) else [*generator] * count
-        verdict = self.verdict(images, [*rollout.prompts] * count, step, draws, generators)
+        prompts = [*rollout.prompts] * count
+        texts = self.texts(prompts, step)
+        rewards = self._scores(images, [*texts, prompts, [*captions.wrong] * count] if captions else texts, generators)
+        verdict = self.verdict(rewards[: len(texts)], draws)
         loss = hinge(verdict.reward, self.hinge)
         if weights is not None:
             loss = weights.to(loss).repeat(count) * loss
+        if captions:
+            own, other = rewards[len(texts) :]
+            direction = torch.as_tensor(self.direction(draws)).to(loss, non_blocking=True)
+            loss = loss - captions.weight * direction * (own - other)
         (scale * count * loss.mean()).backward(inputs=leaf)
         x_0_hat.backward(leaf.grad)
 

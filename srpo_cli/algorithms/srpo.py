@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from srpo_cli.algorithms.base import ControlWords, Generators, ImageTransform, Model, Reward
+from srpo_cli.algorithms.base import ControlWords, ImageTransform, Model, Reward
 from srpo_cli.algorithms.direct_align import DirectAlign
 from srpo_cli.algorithms.judging import Verdict
 from srpo_cli.core.curves import linear_curve
@@ -236,12 +236,14 @@ class SRPO(DirectAlign):
         hinge: float | None = None,
         augment: ImageTransform | None = None,
     ) -> None:
-        super().__init__(model, reward, control_words, guidance=guidance, hinge=hinge, augment=augment)
+        super().__init__(model, reward, control_words, guidance=guidance, hinge=hinge, augment=augment, relative=True)
 
-    def verdict(
-        self, images: Tensor, prompts: Sequence[str], step: int, draws: Sequence[Injection], generator: Generators
-    ) -> Verdict:
+    def verdict(self, rewards: Sequence[Tensor], draws: Sequence[Injection]) -> Verdict:
         """The reward in each draw's mixture of the step's words, and the gap between the words."""
-        r_positive, r_negative = self._scores(images, prompts, self.control_words.at(step), generator)
-        weights = Injection.join(draws).to(images.device).word_weights
+        r_positive, r_negative = rewards
+        weights = Injection.join(draws).to(r_positive.device).word_weights
         return Verdict(relative_reward(r_positive, r_negative, weights), r_positive - r_negative)
+
+    def direction(self, draws: Sequence[Injection]) -> Tensor:
+        """Inverting enters the picture with the opposite sign; :func:`srpo_cli.core.relative.branch_weights`."""
+        return Injection.join(draws).delta_sigma.sign()

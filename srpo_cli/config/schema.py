@@ -437,6 +437,11 @@ class AlgorithmConfig(Section):
         gt=0,
         description="target auto, as a multiple of the way from the base's gap to its prompted gap",
     )
+    captions: Literal["auto", "hold", "free"] = Field(
+        "auto",
+        description="hold: bring pictures back that fit their prompts worse than the prompted base's on the way to "
+        "the target; free: let them; auto: hold where the target is held",
+    )
     reference: ReferenceSchedule = Field(default_factory=ReferenceSchedule, description="keys of schedule reference")
     refl: ReflConfig = Field(default_factory=ReflConfig, description="keys of method refl")
     draft: DraftConfig = Field(default_factory=DraftConfig, description="keys of method draft")
@@ -447,6 +452,13 @@ class AlgorithmConfig(Section):
     def compares_words(self) -> bool:
         """Whether what is trained is the difference between two words' rewards."""
         return self.relative or self.name == "srpo"
+
+    @property
+    def holds_captions(self) -> bool:
+        """Whether pictures are held to their prompts on the way to the target."""
+        if self.captions == "auto":
+            return self.at_target == "hold" and self.name not in POLICY_METHODS
+        return self.captions == "hold"
 
     @property
     def group(self) -> int:
@@ -484,6 +496,22 @@ class AlgorithmConfig(Section):
             raise ValueError(
                 "algorithm.at_target is hold and algorithm.target is null: nothing would be held; set "
                 "algorithm.target=auto, or a gap"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captions_can_be_held(self) -> AlgorithmConfig:
+        if self.captions != "hold":
+            return self
+        if self.target is None:
+            raise ValueError(
+                "algorithm.captions is hold and algorithm.target is null: pictures are held to their prompts on the "
+                "way to a target; set algorithm.target=auto, or a gap"
+            )
+        if self.name in POLICY_METHODS:
+            raise ValueError(
+                f"algorithm.captions is hold, and {self.name} follows no gradient of the reward that could bring "
+                "pictures back to their prompts: set algorithm.captions=free, or algorithm.name=srpo"
             )
         return self
 

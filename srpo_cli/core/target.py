@@ -3,10 +3,16 @@
 The gap of a picture is ``q f.(C_pos - C_neg)``. Plain SRPO pushes it up without end, past the point where
 pictures look right. A target bounds it by measurement: samples beyond it are pulled back, and the learning
 rate fades as the running mean comes near. The target itself is measured too, on what the untrained model
-draws when it is simply asked for the positive word. A method of this project, not of arXiv:2509.06942.
+draws when it is simply asked for the positive word.
+
+Two-sided weights hold the gap, and not the pictures: the word is followed at the cost of what the prompts say.
+:class:`CaptionMargin` brings that back. Methods of this project, not of arXiv:2509.06942.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +20,52 @@ from srpo_cli.errors import UsageError
 
 _EMA_DECAY = 0.7  # a lag of about three steps: a run is twenty to forty long
 _LR_FLOOR = 0.02
+_MARGIN_LOST = 0.1  # of the untrained model's: so much less than expected is brought back with full weight
 _REACHED = 0.1  # of the way: nearer, the faded rate would take longer than the rest of the run
+
+
+class CaptionMargin:
+    """How much better pictures fit their own prompts than other ones, held where asking for the word leaves it.
+
+    The margin of a picture is the reward for its prompt minus that for another prompt. Pictures of the positive word
+    may have less of it than others, so what is expected falls along the way to the target, from that of the untrained
+    model's pictures to that of its pictures when asked for the word.
+
+    Args:
+        base: mean margin of the untrained model's pictures.
+        asked: that of its pictures when asked for the word.
+
+    Raises UsageError if ``base`` is not above 0: there is nothing to hold.
+    """
+
+    def __init__(self, base: float, asked: float) -> None:
+        if not base > 0:
+            raise UsageError(
+                f"the caption margin of the untrained model's pictures is {base:.4f}: the reward does not tell their "
+                "prompts from others, so it cannot hold them to their prompts; set algorithm.captions=free"
+            )
+        self.base = base
+        self.asked = asked
+        self.mean = base
+
+    def update(self, margin: float) -> None:
+        """Take the mean margin of one more batch of rollouts (over all ranks) into the running mean."""
+        self.mean = _EMA_DECAY * self.mean + (1 - _EMA_DECAY) * margin
+
+    def expected(self, way: float) -> float:
+        """The margin at a share of the way to the target; beyond it, as there."""
+        return self.base + min(max(way, 0.0), 1.0) * (self.asked - self.base)
+
+    def weight(self, way: float) -> float:
+        """Weight of the margin beside the reward: 0 while it is as expected, 1 where a tenth of ``base`` is missing.
+
+        Never below 0: a margin that is larger than expected is no harm, one that is raised without end is a hack.
+        """
+        return min(max((self.expected(way) - self.mean) / (_MARGIN_LOST * self.base), 0.0), 1.0)
+
+    def state_dict(self) -> dict[str, float]:
+        """All that an exact resume needs."""
+        return {"base": self.base, "asked": self.asked, "mean": self.mean}
 
 
 class Target:
@@ -23,11 +74,12 @@ class Target:
     Args:
         base: mean gap of the untrained model's pictures.
         value: the gap to reach, above ``base``. Both may be negative.
+        captions: what is held on the way; None for nothing.
 
     Raises UsageError if ``value`` is not above ``base``: there is no way to go.
     """
 
-    def __init__(self, base: float, value: float) -> None:
+    def __init__(self, base: float, value: float, captions: CaptionMargin | None = None) -> None:
         if not value > base:
             raise UsageError(
                 f"target gap {value:.4f} is not above the untrained model's {base:.4f}: the reward does not see "
@@ -36,18 +88,23 @@ class Target:
         self.base = base
         self.value = value
         self.mean_gap = base
+        self.captions = captions
 
     @classmethod
-    def from_positive_mode(cls, base: float, positive_mode: float, reach: float = 1.35) -> Target:
+    def from_positive_mode(
+        cls, base: float, positive_mode: float, reach: float = 1.35, captions: CaptionMargin | None = None
+    ) -> Target:
         """``reach`` times the way from ``base`` to the gap of pictures drawn for the positive word.
 
         At reach 1 the reward is satisfied before the pictures' statistics have followed.
         """
-        return cls(base, base + reach * (positive_mode - base))
+        return cls(base, base + reach * (positive_mode - base), captions)
 
-    def update(self, gap: float) -> None:
-        """Take the mean gap of one more batch of rollouts (over all ranks) into the running mean."""
+    def update(self, gap: float, margin: float | None = None) -> None:
+        """Take the mean gap, and caption margin, of one more batch of rollouts (over all ranks) into running means."""
         self.mean_gap = _EMA_DECAY * self.mean_gap + (1 - _EMA_DECAY) * gap
+        if self.captions and margin is not None:
+            self.captions.update(margin)
 
     def weights(self, gaps: Tensor) -> Tensor:
         """Loss weight of each sample from its gap, both (B,): 1 at the base, 0 on target, -1 far beyond."""
@@ -59,19 +116,32 @@ class Target:
         return (self.value - self.mean_gap) / (self.value - self.base)
 
     @property
+    def captions_weight(self) -> float:
+        """Weight of the caption margin beside the reward, in [0, 1]; 0 where nothing is held."""
+        return self.captions.weight(1 - self.remaining) if self.captions else 0.0
+
+    @property
     def lr_scale(self) -> float:
-        """Factor on the learning rate, in [0.02, 1]."""
-        return min(max(self.remaining, _LR_FLOOR), 1.0)
+        """Factor on the learning rate, in [0.02, 1]: by what is still to go, or by what has to be brought back."""
+        return min(max(self.remaining, self.captions_weight, _LR_FLOOR), 1.0)
 
     @property
     def reached(self) -> bool:
         """Whether the running mean is within 10 % of the way, or beyond."""
         return self.remaining <= _REACHED
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs."""
-        return {"base": self.base, "value": self.value, "mean_gap": self.mean_gap}
+        captions = self.captions.state_dict() if self.captions else None
+        return {"base": self.base, "value": self.value, "mean_gap": self.mean_gap, "captions": captions}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Target:
         """Continue from :meth:`state_dict`."""
-        self.base, self.value, self.mean_gap = state["base"], state["value"], state["mean_gap"]
+        captions = None
+        if kept := state.get("captions"):
+            captions = CaptionMargin(kept["base"], kept["asked"])
+            captions.mean = kept["mean"]
+        target = cls(state["base"], state["value"], captions)
+        target.mean_gap = state["mean_gap"]
+        return target

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srpo_cli.algorithms.base import ControlWords, Rollout
+from srpo_cli.algorithms.judging import Captions
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
 from srpo_cli.core.target import Target
@@ -31,7 +32,7 @@ from srpo_cli.models.quantised import check_float8_rollouts
 from srpo_cli.pages.training import write_training_report
 from srpo_cli.recipes.drawing import Drawing
 from srpo_cli.recipes.encodings import EncodedPictures, EncodedPrompts, cache_folder
-from srpo_cli.recipes.figures import GAP
+from srpo_cli.recipes.figures import CAPTION_MARGIN, GAP
 from srpo_cli.recipes.guard import CALIBRATION, PANEL_PROMPTS, make_guard
 from srpo_cli.recipes.guard import Plan as GuardPlan
 from srpo_cli.recipes.parts import (
@@ -49,6 +50,7 @@ from srpo_cli.recipes.placement import hold, prepare_model
 from srpo_cli.recipes.plan import plan_run
 from srpo_cli.recipes.report import BASE, BEFORE_AFTER, TUNED, Report
 from srpo_cli.recipes.resume import Resumed, check_layout, digest, resume_from
+from srpo_cli.recipes.target import make_target
 from srpo_cli.runtime.average import WeightAverage
 from srpo_cli.runtime.checkpoints import (
     EMA,
@@ -412,8 +414,7 @@ class Run:
         self.prepared = state.get("prepared", self.prepared)
         self.report.evaluator.load_state_dict(state["evaluator"])
         if state["target"]:
-            self.target = Target(state["target"]["base"], state["target"]["value"])
-            self.target.load_state_dict(state["target"])
+            self.target = Target.from_state_dict(state["target"])
 
     @property
     def _replays(self) -> int:
@@ -479,23 +480,17 @@ class Run:
             self.ledger.rollouts += drawn
             self.ledger.forwards += self.config.rollout.steps * drawn
             self.ledger.reward_calls += drawn
-            self.target = self._make_target(*(rows[:, -1].contiguous().mean().item() for rows in (base, asked)))
+            names = [*(self.guard.figures.names if self._reads_figures else ()), GAP]
+            self.target = make_target(algorithm, names, base, asked, self.say, self.warn)
         if self.guard_plan.calibration:
             with self.guard.timed(beside=True):
                 draw = partial(self.drawing.pictures, purpose="panel")
                 self.guard.calibrate(base[: len(asked)], asked, draw)
 
-    def _make_target(self, base: float, asked: float) -> Target:
-        """The target of the semantic gap: given, or measured."""
-        wanted = self.config.algorithm.target
-        if wanted != "auto":
-            return Target(base, wanted)
-        target = Target.from_positive_mode(base, asked, self.config.algorithm.target_reach)
-        self.say(
-            f"target: semantic gap {base:+.3f} now, {asked:+.3f} when asked for the positive word, "
-            f"so train to {target.value:+.3f}"
-        )
-        return target
+    @property
+    def _reads_figures(self) -> bool:
+        """Whether figures of the untrained model's pictures are of use beside their gap."""
+        return self.guard_plan.calibration > 0 or self.config.algorithm.holds_captions
 
     @property
     def _asks(self) -> bool:
@@ -509,7 +504,7 @@ class Run:
     def _calibration(self, asked: list[str], prompts: list[str]) -> Tensor:
         """Figures of pictures that are drawn as rollouts are, for what is ``asked``, and judged by the prompts.
 
-        (N, K): the guard's, where there is one, then the gap; on every rank, of which each draws its share.
+        (N, K): the guard's, where they are read, then the gap; on every rank, of which each draws its share.
         """
         own, share = list(self.ranks.share(len(prompts))), []
         with self.ranks.together():  # none waits for the pictures of one that has failed
@@ -517,7 +512,7 @@ class Run:
                 drawn_for = [prompts[i] for i in own[part]]
                 draws = [generator(self.seed, "calibration augmentation", i) for i in own[part]]
                 columns = [self.algorithm.gap(pictures, drawn_for, generator=draws)[:, None].float()]
-                if self.guard_plan.calibration:
+                if self._reads_figures:
                     columns.insert(0, self.guard.figures.measure(pictures, drawn_for))
                 share.append(torch.cat(columns, 1).cpu())
         return torch.cat([rows for of_rank in self.ranks.gather(share) for rows in of_rank])
@@ -629,7 +624,7 @@ class Run:
         self._updated = False
         several = self.config.algorithm.update == "pair" and self.config.algorithm.pairs > 1
         return {
-            "target": copy.copy(self.target),
+            "target": copy.deepcopy(self.target),
             "ledger": copy.copy(self.ledger),
             "window": self.report.evaluator.window,
             "rollouts": (self.rollouts, self.gaps),
@@ -702,12 +697,15 @@ class Run:
         """Reward and gap of the fresh rollouts' own pictures as this rank's share of their means; photo distance."""
         pictures = [self.drawing.decode(rollout.x_0) for rollout in self.rollouts]
         watched = self.guard.watch is not None and not self.encoded
-        self.gaps, rewards, figures = [], [], []
+        held = self.target is not None and self.target.captions is not None
+        self.gaps, rewards, margins, figures = [], [], [], []
         for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
             draws = self._generators("gap augmentation", numbers)
-            captions = self.guard.figures.captions(rollout.prompts) if watched else [rollout.prompts]
+            captions = self.guard.figures.captions(rollout.prompts) if watched or held else [rollout.prompts]
             *own, gap = self.algorithm.measure(images, *captions, generator=draws)
             rewards.append(own[0])
+            if held:
+                margins.append(own[0] - own[1])
             self.gaps.append(gap)
             if watched:
                 figures.append(self.guard.measure(images, rollout.prompts, own))
@@ -721,6 +719,8 @@ class Run:
         distance = self.report.evaluator.live_distance(torch.cat(pictures), prompts, self.ranks)
         share = self.ranks.size / self.batch
         measured = {"reward": torch.cat(rewards).sum() * share, GAP: torch.cat(self.gaps).sum() * share}
+        if held:
+            measured[CAPTION_MARGIN] = torch.cat(margins).sum() * share
         if figures:
             sums = torch.cat(figures).sum(0) * share
             measured |= {_FIGURE + name: total for name, total in zip(self.guard.figures.names, sums, strict=True)}
@@ -773,6 +773,8 @@ class Run:
             norms.append(told.pop("grad_norm"))
             record |= told
             measured, distance = {}, None
+        if self.target and self.target.captions:
+            record["captions_weight"] = self.target.captions_weight
         mean = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
         figures = {key.removeprefix(_FIGURE): record.pop(key) for key in list(record) if key.startswith(_FIGURE)}
         return {**record, **mean, "lr": self.trained.optimizer.param_groups[0]["lr"], "figures": figures}
@@ -797,7 +799,7 @@ class Run:
                     rollout,
                     lot,
                     self.step + 1,
-                    weights=self.target.weights(self.gaps[number]) if self.target else None,
+                    **self._towards_target(number),
                     scale=share / (len(lot) * len(draws[number])),
                     generator=augmentations[number] if counts else torch.Generator(),  # whose draws count for nothing
                     batched=self.settings.batch_branches,
@@ -809,6 +811,16 @@ class Run:
             self.ledger.reward_calls += sum(map(len, draws[0])) * self.batch
         loss = sum(losses)
         return {"loss": loss, "calls": torch.full_like(loss, float(calls * self.ranks.size))}
+
+    def _towards_target(self, number: int) -> dict[str, Any]:
+        """What the target asks of a micro-batch: how samples count, and to bring pictures back to their prompts."""
+        if self.target is None:
+            return {}
+        weights = {"weights": self.target.weights(self.gaps[number])}
+        if not self.target.captions_weight:
+            return weights
+        _, wrong = self.guard.figures.captions(self.rollouts[number].prompts)
+        return weights | {"captions": Captions(self.target.captions_weight, wrong)}
 
     def _idle_passes(self, own: int) -> int:
         """Micro-batches that another rank has more of: where passes are collective, this one goes along for nothing."""
@@ -835,7 +847,7 @@ class Run:
         if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
             raise self._not_finite(told["loss"], told["grad_norm"])
         if self.target and GAP in told:
-            self.target.update(told[GAP])
+            self.target.update(told[GAP], told.get(CAPTION_MARGIN))
         warm = min(1.0, (self.ledger.updates + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         self._updated = True
         self.trained.step(options.lr * warm * (self.target.lr_scale if self.target else 1.0))

@@ -4,12 +4,14 @@ rises."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from srpo_cli.algorithms.base import ControlWords, Rollout
+from srpo_cli.algorithms.judging import Captions
 from srpo_cli.algorithms.srpo import SRPO, Injection, ReferenceDraws, SigmaDraws
 from srpo_cli.core.recover import add_noise, recover
 from srpo_cli.core.sampling import euler_sample
@@ -120,6 +122,28 @@ def test_sample_weights_switch_samples_off_and_turn_them_round() -> None:
     torch.testing.assert_close(weighted(1, 0) + weighted(0, 1), gradient(srpo, rollout, [injection]))
     torch.testing.assert_close(weighted(-1, 0), -weighted(1, 0))
     assert not weighted(0, 0).any()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_captions_are_raised_beside_the_reward_whatever_the_sample_weights_are(batched: bool) -> None:
+    """An independent loss: denoising raises own minus wrong, inverting lowers it."""
+    srpo, rollout = make_srpo(), replace(make_rollout(), prompts=["green. a wall", "red. a wall", "blue. a wall"])
+    own, wrong = torch.tensor([1, 0, 2]), torch.tensor([2, 1, 0])
+    captions = Captions(0.3, ["blue. a wall", "green. a wall", "red. a wall"])
+    pair = DRAWS.draw(3, seeded())
+    raised = gradient(srpo, rollout, pair, weights=torch.zeros(3), captions=captions, batched=batched)
+
+    loss = 0
+    for injection, sign in zip(pair, (1, -1), strict=True):
+        pictures = srpo.model.decode(srpo.predict(rollout, [injection]), SIZE).mean((-2, -1))
+        margin = pictures.gather(1, own[:, None]) - pictures.gather(1, wrong[:, None])
+        loss = loss - 0.3 * sign * margin.mean() / 2
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(srpo.model.parameters()))])
+    torch.testing.assert_close(raised, expected, rtol=1e-12, atol=1e-15)
+    assert expected.norm() > 1e-4
+
+    both = gradient(srpo, rollout, pair, captions=captions, batched=batched)
+    torch.testing.assert_close(both, raised + gradient(srpo, rollout, pair, batched=batched), rtol=1e-12, atol=1e-15)
 
 
 def test_an_inactive_hinge_leaves_no_gradient_at_all() -> None:

@@ -1,11 +1,13 @@
-"""The target of the semantic gap: weights, learning rate, the moment it is reached, and resume."""
+"""The target of the semantic gap: weights, learning rate, the moment it is reached, captions held, and resume."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 
-from srpo_cli.core.target import Target
+from srpo_cli.core.target import CaptionMargin, Target
 from srpo_cli.errors import UsageError
 
 
@@ -54,15 +56,49 @@ def test_a_target_that_is_no_improvement_is_refused() -> None:
         Target.from_positive_mode(base=0.2, positive_mode=0.1, reach=1.0)
 
 
-def test_a_resumed_target_continues_exactly() -> None:
-    gaps = [0.11, 0.27, 0.31]
-    whole = Target(-0.1, 0.3)
-    for gap in gaps:
-        whole.update(gap)
-    first = Target(-0.1, 0.3)
-    first.update(gaps[0])
-    second = Target(0.0, 1.0)
-    second.load_state_dict(first.state_dict())
-    for gap in gaps[1:]:
-        second.update(gap)
+def test_captions_are_expected_as_asking_for_the_word_leaves_them_and_no_worse() -> None:
+    captions = CaptionMargin(base=0.6, asked=0.5)
+    assert [captions.expected(way) for way in (-0.5, 0.0, 0.5, 1.0, 1.35)] == pytest.approx([0.6, 0.6, 0.55, 0.5, 0.5])
+
+
+def test_a_tenth_of_the_margin_missing_has_full_weight_and_a_surplus_none() -> None:
+    captions = CaptionMargin(base=0.6, asked=0.5)
+    weights = []
+    for mean in (0.7, 0.55, 0.52, 0.49, 0.1):
+        captions.mean = mean
+        weights.append(captions.weight(way=0.5))
+    assert weights == pytest.approx([0, 0, 0.5, 1, 1])
+
+
+def test_captions_that_are_lost_keep_the_learning_rate_up_at_the_target() -> None:
+    target = Target(base=0.0, value=1.0, captions=CaptionMargin(base=0.6, asked=0.5))
+    target.mean_gap = 1.0
+    target.captions.mean = 0.48
+    assert target.captions_weight == pytest.approx((0.5 - 0.48) / 0.06)
+    assert target.lr_scale == target.captions_weight
+    target.captions.mean = 0.5
+    assert (target.captions_weight, target.lr_scale) == (0, 0.02)
+    assert Target(base=0.0, value=1.0).captions_weight == 0
+
+
+def test_a_reward_that_tells_no_prompt_from_another_cannot_hold_captions() -> None:
+    with pytest.raises(UsageError, match=r"is -0\.0100: .* set algorithm\.captions=free"):
+        CaptionMargin(base=-0.01, asked=0.1)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_resumed_target_continues_exactly(held: bool) -> None:
+    def fresh() -> Target:
+        return Target(-0.1, 0.3, CaptionMargin(0.6, 0.5) if held else None)
+
+    seen = [(0.11, 0.58), (0.27, 0.4), (0.31, 0.45)]
+    whole, first = fresh(), fresh()
+    for gap, margin in seen:
+        whole.update(gap, margin)
+    first.update(*seen[0])
+    second = Target.from_state_dict(json.loads(json.dumps(first.state_dict())))
+    for gap, margin in seen[1:]:
+        second.update(gap, margin)
     assert second.state_dict() == whole.state_dict()
+    assert second.lr_scale == whole.lr_scale
+    assert (second.captions_weight > 0) is held

@@ -187,6 +187,51 @@ def test_a_target_that_is_held_lets_the_run_go_on_to_its_last_step_and_over_a_re
     assert summary_of(tmp_path / "run")["steps"] == 14
 
 
+def test_a_held_target_holds_captions_too_by_what_rollouts_show(tmp_path, tiny, srpo):
+    """The running mean in the checkpoint is that of the logged margins, and a run in two parts is one run."""
+    settings = ["algorithm.target=auto", "algorithm.at_target=hold", "rollout.steps=2", "optimizer.lr=1e-3"]
+    given = [f"--set={setting}" for setting in settings]
+    outcome = srpo(*tiny(tmp_path / "whole", *given, steps=4))
+    assert outcome.exit_code == 0, outcome.stderr
+    assert re.search(r"target: caption margin 0\.\d{3} now, 0\.\d{3} when asked", outcome.stderr)
+    assert srpo(*tiny(tmp_path / "parts", *given, steps=2)).exit_code == 0
+    assert srpo("train", "--resume", tmp_path / "parts", "--steps", 4, "--quiet").exit_code == 0
+
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    states = [
+        json.loads((tmp_path / run / "checkpoints/step-000004/state.json").read_text()) for run in ("whole", "parts")
+    ]
+    assert states[0]["target"] == states[1]["target"]
+    captions = states[0]["target"]["captions"]
+    mean = captions["base"]
+    for row in rows:
+        mean = 0.7 * mean + 0.3 * row["caption_margin"]
+    assert captions["mean"] == pytest.approx(mean, rel=1e-6)
+    assert mean < captions["base"], "a rate fifty times the right one spoils pictures"
+    assert all(row["captions_weight"] >= 0 for row in rows) and rows[-1]["captions_weight"] > 0
+
+
+def test_captions_are_let_go_where_the_user_says_so(tmp_path, tiny, srpo):
+    settings = ["algorithm.target=auto", "algorithm.at_target=hold", "rollout.steps=2", "algorithm.captions=free"]
+    assert srpo(*tiny(tmp_path / "run", *(f"--set={setting}" for setting in settings), steps=1)).exit_code == 0
+    assert "caption_margin" not in json.loads((tmp_path / "run/metrics.jsonl").read_text())
+
+
+def test_one_prompt_has_no_wrong_caption_to_hold_it_by(tmp_path, tiny, srpo):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cube on grass\na red cube on grass\n")
+    settings = ["algorithm.target=auto", "rollout.steps=2", f"prompts.source={prompts}"]
+    given = [f"--set={setting}" for setting in settings]
+    outcome = srpo(*tiny(tmp_path / "a", *given, "--set=algorithm.at_target=hold", steps=1))
+    assert outcome.exit_code == 0, outcome.stderr
+    assert (
+        "target: held, and captions are not: the reward reads no text, or there is one prompt alone" in outcome.stderr
+    )
+    outcome = srpo(*tiny(tmp_path / "b", *given, "--set=algorithm.captions=hold", steps=1))
+    assert outcome.exit_code == 2
+    assert outcome.stderr.splitlines()[-1].endswith("set algorithm.captions=free")
+
+
 def test_the_schedule_of_the_published_code_runs_on_the_miniature(tmp_path, tiny, srpo):
     arguments = tiny(tmp_path / "run", "--set", "algorithm.schedule=reference", steps=1)
     outcome = srpo(*arguments)
