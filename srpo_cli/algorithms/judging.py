@@ -12,6 +12,7 @@ from torch import Tensor
 from srpo_cli.algorithms.base import ControlWords, Generators, ImageTransform, Model, Reward, Rollout
 from srpo_cli.core.curves import hinge
 from srpo_cli.core.relative import relative_reward, srp
+from srpo_cli.core.target import caption_margin
 from srpo_cli.errors import UsageError
 
 D = TypeVar("D")
@@ -130,12 +131,11 @@ class Verdict(NamedTuple):
 class Captions(NamedTuple):
     """What brings pictures back to their prompts: their caption margin is raised beside the reward.
 
-    ``weight`` is that of the margin, the reward for a picture's prompt minus that for its ``wrong`` one, of B; see
-    :class:`srpo_cli.core.target.CaptionMargin`.
+    ``weight`` is that of :func:`srpo_cli.core.target.caption_margin`; ``wrong`` are one or more columns of B prompts.
     """
 
     weight: float
-    wrong: Sequence[str]
+    wrong: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -268,15 +268,15 @@ class DirectMethod(Judging):
         generators = generator if generator is None or isinstance(generator, torch.Generator) else [*generator] * count
         prompts = [*rollout.prompts] * count
         texts = self.texts(prompts, step)
-        rewards = self._scores(images, [*texts, prompts, [*captions.wrong] * count] if captions else texts, generators)
+        fitting = [prompts, *([*column] * count for column in captions.wrong)] if captions else []
+        rewards = self._scores(images, [*texts, *fitting], generators)
         verdict = self.verdict(rewards[: len(texts)], draws)
         loss = hinge(verdict.reward, self.hinge)
         if weights is not None:
             loss = weights.to(loss).repeat(count) * loss
         if captions:
-            own, other = rewards[len(texts) :]
             direction = torch.as_tensor(self.direction(draws)).to(loss, non_blocking=True)
-            loss = loss - captions.weight * direction * (own - other)
+            loss = loss - captions.weight * direction * caption_margin(*rewards[len(texts) :])
         (scale * count * loss.mean()).backward(inputs=leaf)
         x_0_hat.backward(leaf.grad)
 

@@ -114,7 +114,7 @@ def compare(
 
 def _print_commands(table: Table) -> None:
     """The commands of all runs that are missing; rates that trials choose may not be known yet."""
-    trials = [cell for cell in table.trials() if not cell.is_finished]
+    trials = [cell for cell in table.trials if not cell.is_finished]
     unknown = {cell.label: cell.lr for cell in trials}
     cells = [cell for cell in table.cells({**table.rates(), **unknown}) if not cell.is_finished]
     for cell in [*trials, *cells]:

@@ -146,6 +146,8 @@ def preset_path(name: str | Path) -> Path:
         return path
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise UsageError(f"Preset file {str(name)!r} does not exist.")
+    if Path(__file__).with_name("comparisons").joinpath(f"{name}.yaml").is_file():
+        raise UsageError(f"{name} is a comparison, not a preset: run it with `srpo eval compare --preset {name}`.")
     raise UsageError.unknown("preset", str(name), preset_names())
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from srpo_cli.errors import UsageError
@@ -24,48 +25,60 @@ _MARGIN_LOST = 0.1  # of the untrained model's: so much less than expected is br
 _REACHED = 0.1  # of the way: nearer, the faded rate would take longer than the rest of the run
 
 
-class CaptionMargin:
-    """How much better pictures fit their own prompts than other ones, held where asking for the word leaves it.
+def caption_margin(own: Tensor, *wrong: Tensor) -> Tensor:
+    """How much better pictures fit their own prompts than wrong ones: one reward minus the others' mean, (B,) each."""
+    return own - torch.stack(wrong).mean(0)
 
-    The margin of a picture is the reward for its prompt minus that for another prompt. Pictures of the positive word
-    may have less of it than others, so what is expected falls along the way to the target, from that of the untrained
-    model's pictures to that of its pictures when asked for the word.
+
+class CaptionMargin:
+    """Holds the caption margin where asking for the word leaves it.
+
+    Pictures of the positive word may have less of it than others, so what is expected falls with the gap, from that of
+    the untrained model's pictures to that of its pictures when asked for the word.
 
     Args:
-        base: mean margin of the untrained model's pictures.
-        asked: that of its pictures when asked for the word.
+        base: mean gap and mean margin of the untrained model's pictures.
+        asked: those of its pictures when asked for the word; the same as ``base`` where nothing is known of them.
 
-    Raises UsageError if ``base`` is not above 0: there is nothing to hold.
+    Raises UsageError if the margin of ``base`` is not above 0: there is nothing to hold.
     """
 
-    def __init__(self, base: float, asked: float) -> None:
-        if not base > 0:
+    def __init__(self, base: tuple[float, float], asked: tuple[float, float]) -> None:
+        if not base[1] > 0:
             raise UsageError(
-                f"the caption margin of the untrained model's pictures is {base:.4f}: the reward does not tell their "
-                "prompts from others, so it cannot hold them to their prompts; set algorithm.captions=free"
+                f"the caption margin of the untrained model's pictures is {base[1]:.4f}: the reward does not tell "
+                "their prompts from others, so pictures cannot be held to them; set algorithm.captions=free"
             )
-        self.base = base
-        self.asked = asked
-        self.mean = base
+        self.base, self.asked = base, asked
+        self.mean = base[1]
 
     def update(self, margin: float) -> None:
         """Take the mean margin of one more batch of rollouts (over all ranks) into the running mean."""
         self.mean = _EMA_DECAY * self.mean + (1 - _EMA_DECAY) * margin
 
-    def expected(self, way: float) -> float:
-        """The margin at a share of the way to the target; beyond it, as there."""
-        return self.base + min(max(way, 0.0), 1.0) * (self.asked - self.base)
+    def expected(self, gap: float) -> float:
+        """The margin that pictures of this gap should have; beyond the two that are known, as there."""
+        (low, margin), (high, asked) = self.base, self.asked
+        way = (gap - low) / (high - low) if high > low else 0.0
+        return margin + min(max(way, 0.0), 1.0) * (asked - margin)
 
-    def weight(self, way: float) -> float:
-        """Weight of the margin beside the reward: 0 while it is as expected, 1 where a tenth of ``base`` is missing.
+    def weight(self, gap: float) -> float:
+        """Weight of the margin beside the reward: 0 while it is as expected, 1 where a tenth of the base's is missing.
 
         Never below 0: a margin that is larger than expected is no harm, one that is raised without end is a hack.
         """
-        return min(max((self.expected(way) - self.mean) / (_MARGIN_LOST * self.base), 0.0), 1.0)
+        return min(max((self.expected(gap) - self.mean) / (_MARGIN_LOST * self.base[1]), 0.0), 1.0)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs."""
-        return {"base": self.base, "asked": self.asked, "mean": self.mean}
+        return {"base": [*self.base], "asked": [*self.asked], "mean": self.mean}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> CaptionMargin:
+        """Continue from :meth:`state_dict`."""
+        captions = cls(tuple(state["base"]), tuple(state["asked"]))
+        captions.mean = state["mean"]
+        return captions
 
 
 class Target:
@@ -118,7 +131,7 @@ class Target:
     @property
     def captions_weight(self) -> float:
         """Weight of the caption margin beside the reward, in [0, 1]; 0 where nothing is held."""
-        return self.captions.weight(1 - self.remaining) if self.captions else 0.0
+        return self.captions.weight(self.mean_gap) if self.captions else 0.0
 
     @property
     def lr_scale(self) -> float:
@@ -138,10 +151,7 @@ class Target:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Target:
         """Continue from :meth:`state_dict`."""
-        captions = None
-        if kept := state.get("captions"):
-            captions = CaptionMargin(kept["base"], kept["asked"])
-            captions.mean = kept["mean"]
+        captions = CaptionMargin.from_state_dict(state["captions"]) if state.get("captions") else None
         target = cls(state["base"], state["value"], captions)
         target.mean_gap = state["mean_gap"]
         return target

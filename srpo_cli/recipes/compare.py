@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -162,11 +163,19 @@ class Table:
         for method in comparison.methods:
             if method.tuning and method.tuning.by not in SUMMARY_KEYS:
                 raise UsageError.unknown(f"figure that {method.label} is tuned by:", method.tuning.by, SUMMARY_KEYS)
-        for cell in [*self.trials(), *self.cells(self.rates())]:
+        for cell in [*self.trials, *self.cells(self.rates())]:
             cell.check()
         for seed in comparison.seeds:
-            for name in (f"seed-{seed}", f"curves-{seed}"):
-                self._check_prompts(self.output / "evaluation" / name)
+            for folder in (self.evaluation(seed), self.curves(seed)):
+                self._check_prompts(folder)
+
+    def evaluation(self, seed: int) -> Path:
+        """Where the runs of a seed are measured."""
+        return self.output / "evaluation" / f"seed-{seed}"
+
+    def curves(self, seed: int) -> Path:
+        """Where the checkpoints of those runs are measured whose costs are compared."""
+        return self.output / "evaluation" / f"curves-{seed}"
 
     def _check_prompts(self, folder: Path) -> None:
         """UsageError where a folder was measured on another number of prompts, of which it would keep the result."""
@@ -192,6 +201,7 @@ class Table:
             self._steps[label] = min(most, self.comparison.method(label).steps or most)
         return self._steps[label]
 
+    @cached_property
     def trials(self) -> list[Cell]:
         """The runs that learning rates are chosen by."""
         comparison = self.comparison
@@ -212,9 +222,8 @@ class Table:
         None for a method with a trial that is missing: another choice later would not be that of its runs.
         """
         best: dict[str, tuple[float, float]] = {}
-        trials = self.trials()
-        missing = {cell.label for cell in trials if not cell.is_finished}
-        for cell in trials:
+        missing = {cell.label for cell in self.trials if not cell.is_finished}
+        for cell in self.trials:
             if cell.label in missing:
                 continue
             tuning = self.comparison.method(cell.label).tuning
@@ -289,7 +298,7 @@ class Table:
                 continue
             models = [f"{cell.model}={cell.folder}" for cell in own]
             limit = ["--limit", str(comparison.prompts)] if comparison.prompts else []
-            jobs += self._evaluation(f"seed-{seed}", [base, *models], limit, own)
+            jobs += self._evaluation(self.evaluation(seed), [base, *models], limit, own)
             followed = [cell for cell in own if self.has_curve(cell)]
             points = [
                 f"{cell.point(checkpoint.step)}={checkpoint.path}"
@@ -297,7 +306,7 @@ class Table:
                 for checkpoint in list_checkpoints(cell.folder / "checkpoints")
             ]
             if points:
-                jobs += self._evaluation(f"curves-{seed}", [base, *points], [*limit, *metrics], followed)
+                jobs += self._evaluation(self.curves(seed), [base, *points], [*limit, *metrics], followed)
         return jobs
 
     def has_curve(self, cell: Cell) -> bool:
@@ -305,14 +314,14 @@ class Table:
         several = self.comparison.method(cell.label).checkpoints > 1
         return cell.is_finished and several and self.comparison.rate is not None
 
-    def _evaluation(self, name: str, models: Sequence[str], more: Sequence[str], cells: Sequence[Cell]) -> list[Job]:
-        folder = self.output / "evaluation" / name
+    def _evaluation(self, folder: Path, models: Sequence[str], more: Sequence[str], cells: Sequence[Cell]) -> list[Job]:
         arguments = ["eval", "run", *models, "--benchmark", self.comparison.benchmark, *more, "--output", str(folder)]
         benchmark = Path(self.comparison.benchmark)
         read = [*(cell.folder / SUMMARY for cell in cells), *([benchmark] if benchmark.is_file() else [])]
         if _is_measured(folder, arguments, read):
             return []
-        return [Job(f"evaluation {name}", arguments, self.output / "logs" / f"evaluation-{name}.log")]
+        log = self.output / "logs" / f"evaluation-{folder.name}.log"
+        return [Job(f"evaluation {folder.name}", arguments, log)]
 
 
 def _is_measured(folder: Path, arguments: Sequence[str], read: Sequence[Path]) -> bool:
@@ -342,8 +351,7 @@ def compare(table: Table, at_once: int, stop: StopRequest, say: Say) -> Ended:
 
 def _do_all(table: Table, at_once: int, stop: StopRequest, say: Say) -> Ended:
     logs = table.output / "logs"
-    trials = table.trials()
-    ended = _train(trials, "to choose learning rates by", logs, at_once, stop, say)
+    ended = _train(table.trials, "to choose learning rates by", logs, at_once, stop, say)
     if ended.exit_code:
         return ended
     failed = dict(ended.failed)

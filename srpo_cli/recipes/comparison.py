@@ -48,7 +48,7 @@ _COSTS = {
 def summarise(table: Table, failed: Mapping[str, str]) -> dict[str, Any]:
     """What ``comparison.json`` holds, out of the finished runs and their evaluations."""
     comparison, rates = table.comparison, table.rates()
-    folders = {seed: table.output / "evaluation" / f"seed-{seed}" for seed in comparison.seeds}
+    folders = {seed: table.evaluation(seed) for seed in comparison.seeds}
     results = {seed: read_result(folder) for seed, folder in folders.items() if (folder / TABLE).exists()}
     cells = [cell for cell in table.cells(rates) if cell.is_finished and _is_in(cell, results)]
     if not cells:
@@ -228,7 +228,7 @@ def _tuning(table: Table, rates: Mapping[str, float]) -> list[dict[str, Any]]:
             "by": table.comparison.method(cell.label).tuning.by,
             "figures": {name: _finite(figure["mean"]) for name, figure in cell.summary()["tuned"].items()},
         }
-        for cell in table.trials()
+        for cell in table.trials
         if cell.is_finished
     ]
 
@@ -254,7 +254,7 @@ def _costs(table: Table, cells: Sequence[Cell]) -> dict[str, Any] | None:
     bases: list[float] = []
     curves: dict[str, dict[int, list[dict[str, float]]]] = {}
     for seed in comparison.seeds:
-        folder = table.output / "evaluation" / f"curves-{seed}"
+        folder = table.curves(seed)
         if not (folder / TABLE).exists():
             continue
         figures = read_result(folder).data["figures"]
@@ -488,7 +488,7 @@ def _setting_rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _draw_grid(table: Table, data: Mapping[str, Any]) -> None:
     """The pictures of a few prompts from the first seed that was measured, a row a method of the first table."""
-    folders = {seed: table.output / "evaluation" / f"seed-{seed}" for seed in data["comparison"]["seeds"]}
+    folders = {seed: table.evaluation(seed) for seed in data["comparison"]["seeds"]}
     seed, folder = next(each for each in folders.items() if (each[1] / TABLE).exists())
     pictures = read_result(folder).table
     known = set(pictures["model"])

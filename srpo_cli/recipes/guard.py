@@ -263,7 +263,8 @@ class Guard:
                 signal = Signal.between(name, "words", *columns[name], trained=relative and name == GAP)
                 signals.append(signal if name == GAP else self._as_axis(signal))
             elif kind == CAPTION_MARGIN:
-                signals.append(Signal.between(name, "content", *columns[name], bad="low"))
+                trained = self.config.algorithm.holds_captions and name == CAPTION_MARGIN
+                signals.append(Signal.between(name, "content", *columns[name], trained=trained, bad="low"))
             elif kind == REWARD:  # how far it goes the way that asked pictures go says little
                 trained = not relative and name == REWARD
                 signals.append(Signal.between(name, "reward", *columns[name], trained=trained, bad="back"))

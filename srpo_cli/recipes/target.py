@@ -2,73 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
 from srpo_cli.config.schema import AlgorithmConfig
 from srpo_cli.core.target import CaptionMargin, Target
 from srpo_cli.errors import UsageError
-from srpo_cli.recipes.figures import CAPTION_MARGIN, GAP
+from srpo_cli.recipes.figures import Figures
+
+WRONG_CAPTIONS = 3
+"""Other prompts that a picture's own is held against: one alone may differ in a word or in all, and says little."""
+
+Say = Callable[[str], None]
 
 
-def make_target(
-    config: AlgorithmConfig,
-    names: Sequence[str],
-    base: Tensor,
-    asked: Tensor,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-) -> Target:
+def holds_captions(config: AlgorithmConfig, figures: Figures, warn: Say) -> bool:
+    """Whether pictures are to be held to their prompts, and the reward can tell prompts apart.
+
+    UsageError where it cannot and the user asked for it by name.
+    """
+    if not config.holds_captions or figures.has_margin:
+        return config.holds_captions
+    why = "the reward reads no text, or there is one prompt alone, so pictures cannot be held to their prompts"
+    return _go_without(config, UsageError(f"{why}; set algorithm.captions=free"), warn)
+
+
+def make_target(config: AlgorithmConfig, base: Tensor, asked: Tensor, say: Say, warn: Say) -> Target:
     """The target that ``config.target`` gives, or that is measured.
 
     Args:
         config: of the method.
-        names: of the figures, see :attr:`srpo_cli.recipes.figures.Figures.names`, and of the gap.
-        base: figures of pictures that the untrained model draws, (N, len(names)).
+        base: gap, and where it is held caption margin, of pictures that the untrained model draws, (N, 1 or 2).
         asked: likewise when it is asked for the positive word; of no use where the target is given.
         say, warn: where lines for the user go.
 
-    Raises UsageError where the gap cannot be reached, or captions not be held.
+    Raises UsageError where the gap cannot be reached, or captions that the user asked for not be held.
     """
     measured = config.target == "auto"
-    gap = _mean(base, names, GAP)
-    captions = _captions(config, names, base, asked if measured else base, warn)
+    gap = _means(base)[0]
+    captions = _captions(config, base, asked if measured else base, warn) if base.shape[1] > 1 else None
     if not measured:
         return Target(gap, config.target, captions)
-    wanted = _mean(asked, names, GAP)
+    wanted = _means(asked)[0]
     target = Target.from_positive_mode(gap, wanted, config.target_reach, captions)
     say(
         f"target: semantic gap {gap:+.3f} now, {wanted:+.3f} when asked for the positive word, "
         f"so train to {target.value:+.3f}"
     )
     if captions:
-        say(
-            f"target: caption margin {captions.base:.3f} now, {captions.asked:.3f} when asked for the positive word, "
-            "so hold it on the way"
-        )
+        now, then = captions.base[1], captions.asked[1]
+        say(f"target: caption margin {now:.3f} now, {then:.3f} when asked for the positive word, so hold it on the way")
     return target
 
 
-def _captions(
-    config: AlgorithmConfig, names: Sequence[str], base: Tensor, asked: Tensor, warn: Callable[[str], None]
-) -> CaptionMargin | None:
-    """What holds pictures to their prompts; None where nothing does."""
-    if not config.holds_captions:
-        return None
+def _captions(config: AlgorithmConfig, base: Tensor, asked: Tensor, warn: Say) -> CaptionMargin | None:
     try:
-        if CAPTION_MARGIN not in names:
-            raise UsageError(
-                "the reward reads no text, or there is one prompt alone, so pictures cannot be held to their prompts; "
-                "set algorithm.captions=free"
-            )
-        return CaptionMargin(*(_mean(rows, names, CAPTION_MARGIN) for rows in (base, asked)))
+        return CaptionMargin(_means(base), _means(asked))
     except UsageError as error:
-        if config.captions == "hold":
-            raise
-        warn(f"target: held, and captions are not: {error}")
+        _go_without(config, error, warn)
         return None
 
 
-def _mean(rows: Tensor, names: Sequence[str], name: str) -> float:
-    return rows[:, names.index(name)].contiguous().mean().item()
+def _go_without(config: AlgorithmConfig, error: UsageError, warn: Say) -> bool:
+    """Hold the gap alone, with a warning, unless captions were asked for by name."""
+    if config.captions == "hold":
+        raise error
+    warn(f"target: held, and captions are not: {error}")
+    return False
+
+
+def _means(rows: Tensor) -> tuple[float, ...]:
+    return tuple(column.contiguous().mean().item() for column in rows.unbind(1))

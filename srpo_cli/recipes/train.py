@@ -25,7 +25,7 @@ from srpo_cli.algorithms.base import ControlWords, Rollout
 from srpo_cli.algorithms.judging import Captions
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
-from srpo_cli.core.target import Target
+from srpo_cli.core.target import Target, caption_margin
 from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.metrics.guard import Place
 from srpo_cli.models.quantised import check_float8_rollouts
@@ -50,7 +50,7 @@ from srpo_cli.recipes.placement import hold, prepare_model
 from srpo_cli.recipes.plan import plan_run
 from srpo_cli.recipes.report import BASE, BEFORE_AFTER, TUNED, Report
 from srpo_cli.recipes.resume import Resumed, check_layout, digest, resume_from
-from srpo_cli.recipes.target import make_target
+from srpo_cli.recipes.target import WRONG_CAPTIONS, holds_captions, make_target
 from srpo_cli.runtime.average import WeightAverage
 from srpo_cli.runtime.checkpoints import (
     EMA,
@@ -254,6 +254,7 @@ class Run:
             )
         if self.guard_plan.shortfall:
             self.say(f"guard: off, {self.guard_plan.shortfall}")
+        self._holds_captions = holds_captions(config.algorithm, self.guard.figures, self.warn)
         self.ledger = Ledger()
         self.prepared = self.ledger.state_dict()
         """What was spent before the first step."""
@@ -472,6 +473,7 @@ class Run:
             return
         for_target = len(prompts) if algorithm.target == "auto" else 0
         to_ask = prompts[: max(for_target, self.guard_plan.calibration)]
+        gap = -1 - self._holds_captions  # the column
         with self.ledger if algorithm.target is not None else self.guard.timed(beside=True):
             base = self._calibration(prompts, prompts)
             asked = self._calibration(self.algorithm.control_words.asked(to_ask), to_ask) if to_ask else base[:0]
@@ -480,17 +482,16 @@ class Run:
             self.ledger.rollouts += drawn
             self.ledger.forwards += self.config.rollout.steps * drawn
             self.ledger.reward_calls += drawn
-            names = [*(self.guard.figures.names if self._reads_figures else ()), GAP]
-            self.target = make_target(algorithm, names, base, asked, self.say, self.warn)
+            self.target = make_target(algorithm, base[:, gap:], asked[:, gap:], self.say, self.warn)
         if self.guard_plan.calibration:
             with self.guard.timed(beside=True):
                 draw = partial(self.drawing.pictures, purpose="panel")
-                self.guard.calibrate(base[: len(asked)], asked, draw)
+                own = slice(0, base.shape[1] - self._holds_captions)
+                self.guard.calibrate(base[: len(asked), own], asked[:, own], draw)
 
-    @property
-    def _reads_figures(self) -> bool:
-        """Whether figures of the untrained model's pictures are of use beside their gap."""
-        return self.guard_plan.calibration > 0 or self.config.algorithm.holds_captions
+    def _captions(self, prompts: Sequence[str]) -> list[Sequence[str]]:
+        """What the reward is asked for, to see how much better pictures fit their prompts: those, then wrong ones."""
+        return self.guard.figures.captions(prompts, WRONG_CAPTIONS)
 
     @property
     def _asks(self) -> bool:
@@ -504,7 +505,8 @@ class Run:
     def _calibration(self, asked: list[str], prompts: list[str]) -> Tensor:
         """Figures of pictures that are drawn as rollouts are, for what is ``asked``, and judged by the prompts.
 
-        (N, K): the guard's, where they are read, then the gap; on every rank, of which each draws its share.
+        (N, K): the guard's, where there is one, then the gap, and the caption margin where it is held; on every rank,
+        of which each draws its share.
         """
         own, share = list(self.ranks.share(len(prompts))), []
         with self.ranks.together():  # none waits for the pictures of one that has failed
@@ -512,8 +514,12 @@ class Run:
                 drawn_for = [prompts[i] for i in own[part]]
                 draws = [generator(self.seed, "calibration augmentation", i) for i in own[part]]
                 columns = [self.algorithm.gap(pictures, drawn_for, generator=draws)[:, None].float()]
-                if self._reads_figures:
+                if self.guard_plan.calibration:
                     columns.insert(0, self.guard.figures.measure(pictures, drawn_for))
+                if self._holds_captions:
+                    captions = self._captions(drawn_for)
+                    margin = caption_margin(*self.parts.reward.scores(pictures, *captions))
+                    columns.append(margin[:, None].float())
                 share.append(torch.cat(columns, 1).cpu())
         return torch.cat([rows for of_rank in self.ranks.gather(share) for rows in of_rank])
 
@@ -701,11 +707,12 @@ class Run:
         self.gaps, rewards, margins, figures = [], [], [], []
         for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
             draws = self._generators("gap augmentation", numbers)
-            captions = self.guard.figures.captions(rollout.prompts) if watched or held else [rollout.prompts]
+            wrong = WRONG_CAPTIONS if held else int(watched)
+            captions = self.guard.figures.captions(rollout.prompts, wrong)
             *own, gap = self.algorithm.measure(images, *captions, generator=draws)
             rewards.append(own[0])
             if held:
-                margins.append(own[0] - own[1])
+                margins.append(caption_margin(*own))
             self.gaps.append(gap)
             if watched:
                 figures.append(self.guard.measure(images, rollout.prompts, own))
@@ -819,7 +826,7 @@ class Run:
         weights = {"weights": self.target.weights(self.gaps[number])}
         if not self.target.captions_weight:
             return weights
-        _, wrong = self.guard.figures.captions(self.rollouts[number].prompts)
+        _, *wrong = self._captions(self.rollouts[number].prompts)
         return weights | {"captions": Captions(self.target.captions_weight, wrong)}
 
     def _idle_passes(self, own: int) -> int:

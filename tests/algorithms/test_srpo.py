@@ -129,7 +129,7 @@ def test_captions_are_raised_beside_the_reward_whatever_the_sample_weights_are(b
     """An independent loss: denoising raises own minus wrong, inverting lowers it."""
     srpo, rollout = make_srpo(), replace(make_rollout(), prompts=["green. a wall", "red. a wall", "blue. a wall"])
     own, wrong = torch.tensor([1, 0, 2]), torch.tensor([2, 1, 0])
-    captions = Captions(0.3, ["blue. a wall", "green. a wall", "red. a wall"])
+    captions = Captions(0.3, [["blue. a wall", "green. a wall", "red. a wall"]])
     pair = DRAWS.draw(3, seeded())
     raised = gradient(srpo, rollout, pair, weights=torch.zeros(3), captions=captions, batched=batched)
 

@@ -1,7 +1,5 @@
 """Benchmarks as data: the built-in ones are complete, a user's own are checked, extended and refused in one line."""
 
-from pathlib import Path
-
 import pytest
 
 from srpo_cli.config.benchmark import (
@@ -28,19 +26,6 @@ PROMPTS = {  # in all, and pictures of each
     "parti": (1632, 1),
 }
 SMALLEST = "name: mine\ndescription: mine\nprompts: {files: [p.txt]}\nmetrics: [statistics]\n"
-
-
-@pytest.fixture
-def write(tmp_path: Path):
-    """Write a benchmark file and return its path."""
-
-    def write(text: str, name: str = "mine.yaml") -> str:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return str(path)
-
-    return write
 
 
 def refusal(name: str) -> str:

@@ -1,7 +1,5 @@
 """Comparisons as data: the built-in ones resolve, methods build on each other, and mistakes are one line."""
 
-from pathlib import Path
-
 import pytest
 
 from srpo_cli.config.comparison import COMPARISONS_FOLDER, comparison_names, load_comparison
@@ -25,18 +23,6 @@ COSTS = "rate: photo_rate\nlevels: [0.1]\nreference: srpo\n"
 def row(keys: str) -> str:
     """The methods, and one more."""
     return f"{METHODS}  - {{{keys}}}\n"
-
-
-@pytest.fixture
-def write(tmp_path: Path):
-    """Write a comparison file and return its path."""
-
-    def write(text: str) -> str:
-        path = tmp_path / "mine.yaml"
-        path.write_text(text)
-        return str(path)
-
-    return write
 
 
 def refusal(name: str) -> str:

@@ -318,6 +318,7 @@ def test_a_bad_file_is_refused_in_one_line(text, parts, preset_file):
 
 def test_unknown_presets_and_variants_get_a_suggestion():
     assert "Did you mean 'realism'?" in refusal("realsm")
+    assert "a comparison, not a preset: run it with `srpo eval compare --preset table1`" in refusal("table1")
     assert "does not exist" in refusal("nowhere/realism.yaml")
     assert "Did you mean 'dark'?" in refusal("lighting:drak")
     assert "Unknown variant" in refusal("realism:dark")

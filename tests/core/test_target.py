@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from srpo_cli.core.target import CaptionMargin, Target
+from srpo_cli.core.target import CaptionMargin, Target, caption_margin
 from srpo_cli.errors import UsageError
 
 
@@ -56,40 +56,54 @@ def test_a_target_that_is_no_improvement_is_refused() -> None:
         Target.from_positive_mode(base=0.2, positive_mode=0.1, reach=1.0)
 
 
+def test_a_caption_margin_is_over_the_mean_of_wrong_captions() -> None:
+    own, first, second = torch.tensor([[0.7, 0.2], [0.1, 0.4], [0.3, 0.2]])
+    torch.testing.assert_close(caption_margin(own, first, second), torch.tensor([0.5, -0.1]))
+    torch.testing.assert_close(caption_margin(own, first), torch.tensor([0.6, -0.2]))
+
+
+BASE, ASKED = (-0.1, 0.6), (0.2, 0.5)
+"""Gap and caption margin of what the untrained model draws, unasked and asked for the word."""
+
+
+def held() -> Target:
+    return Target(base=-0.1, value=0.3, captions=CaptionMargin(BASE, ASKED))
+
+
 def test_captions_are_expected_as_asking_for_the_word_leaves_them_and_no_worse() -> None:
-    captions = CaptionMargin(base=0.6, asked=0.5)
-    assert [captions.expected(way) for way in (-0.5, 0.0, 0.5, 1.0, 1.35)] == pytest.approx([0.6, 0.6, 0.55, 0.5, 0.5])
+    captions = CaptionMargin(BASE, ASKED)
+    assert [captions.expected(gap) for gap in (-0.5, -0.1, 0.05, 0.2, 0.3)] == pytest.approx([0.6, 0.6, 0.55, 0.5, 0.5])
+    assert CaptionMargin(BASE, BASE).expected(0.3) == 0.6
 
 
 def test_a_tenth_of_the_margin_missing_has_full_weight_and_a_surplus_none() -> None:
-    captions = CaptionMargin(base=0.6, asked=0.5)
+    captions = CaptionMargin(BASE, ASKED)
     weights = []
     for mean in (0.7, 0.55, 0.52, 0.49, 0.1):
         captions.mean = mean
-        weights.append(captions.weight(way=0.5))
+        weights.append(captions.weight(gap=0.05))
     assert weights == pytest.approx([0, 0, 0.5, 1, 1])
 
 
 def test_captions_that_are_lost_keep_the_learning_rate_up_at_the_target() -> None:
-    target = Target(base=0.0, value=1.0, captions=CaptionMargin(base=0.6, asked=0.5))
-    target.mean_gap = 1.0
-    target.captions.mean = 0.48
+    target = held()
+    target.mean_gap, target.captions.mean = 0.3, 0.48
     assert target.captions_weight == pytest.approx((0.5 - 0.48) / 0.06)
     assert target.lr_scale == target.captions_weight
     target.captions.mean = 0.5
     assert (target.captions_weight, target.lr_scale) == (0, 0.02)
-    assert Target(base=0.0, value=1.0).captions_weight == 0
+    assert Target(base=-0.1, value=0.3).captions_weight == 0
 
 
 def test_a_reward_that_tells_no_prompt_from_another_cannot_hold_captions() -> None:
     with pytest.raises(UsageError, match=r"is -0\.0100: .* set algorithm\.captions=free"):
-        CaptionMargin(base=-0.01, asked=0.1)
+        CaptionMargin((-0.1, -0.01), (0.2, 0.1))
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_a_resumed_target_continues_exactly(held: bool) -> None:
+@pytest.mark.parametrize("with_captions", [False, True])
+def test_a_resumed_target_continues_exactly(with_captions: bool) -> None:
     def fresh() -> Target:
-        return Target(-0.1, 0.3, CaptionMargin(0.6, 0.5) if held else None)
+        return Target(-0.1, 0.3, CaptionMargin(BASE, ASKED) if with_captions else None)
 
     seen = [(0.11, 0.58), (0.27, 0.4), (0.31, 0.45)]
     whole, first = fresh(), fresh()
@@ -101,4 +115,4 @@ def test_a_resumed_target_continues_exactly(held: bool) -> None:
         second.update(gap, margin)
     assert second.state_dict() == whole.state_dict()
     assert second.lr_scale == whole.lr_scale
-    assert (second.captions_weight > 0) is held
+    assert (second.captions_weight > 0) is with_captions

@@ -156,6 +156,20 @@ def test_clipping_counts_black_and_white(figures):
     torch.testing.assert_close(clipped, torch.tensor([0.001, 0.501]))
 
 
+def test_wrong_captions_are_other_prompts_and_as_many_as_there_are(figures):
+    first, second, third = PROMPTS
+    assert figures.captions([second, first]) == [[second, first], [third, second]]
+    assert figures.captions([second, first], 3) == [[second, first], [third, second], [first, third]]
+
+
+def test_the_guard_takes_the_first_of_several_wrong_captions(figures):
+    photographs = render(draw_scenes_of(PROMPTS, PHOTO, 0))
+    asked = figures.trained.scores(photographs, *figures.captions(PROMPTS, 2))
+    assert len(asked) == 3
+    alone, given = (figures.measure(photographs, PROMPTS, rewards) for rewards in (None, asked))
+    torch.testing.assert_close(given, alone)
+
+
 def test_with_one_prompt_there_is_no_wrong_caption_and_no_margin():
     reward = load_reward("miniature", None, CPU)
     figures = Figures(reward, {}, WORDS, PROMPTS[:1], 8)

@@ -69,8 +69,8 @@ def judge(policy, *rest, original=GRPO.judge, **options):
 def record(kind, original):
     def backward(algorithm, rollout, draws, *rest, weights=None, **options):
         metrics = original(algorithm, rollout, draws, *rest, weights=weights, **options)
-        lot = getattr(draws[0], "lot", 0)
-        seen["passes"].append({"lot": lot, "weights": weights, **{k: v.item() for k, v in metrics.items()}})
+        told = {"lot": getattr(draws[0], "lot", 0), "weights": weights, "captions": options.get("captions")}
+        seen["passes"].append({**told, "prompts": rollout.prompts, **{k: v.item() for k, v in metrics.items()}})
         return metrics
     kind.backward = backward
 
@@ -274,6 +274,23 @@ def test_the_weights_of_an_automatic_target_reach_the_method(variant, run):
     assert len(set(expected.tolist())) > 1
     for each in seen["passes"]:
         torch.testing.assert_close(each["weights"], expected)
+
+
+@quick("alignprop", of=("refl", "draft", "alignprop", "direct-align"))
+def test_captions_reach_a_method_whose_target_is_held_once_they_are_lost(variant, run):
+    """A rate that spoils pictures at once: the second step has lost margin, and raises it."""
+    settings = ["algorithm.target=auto", "algorithm.at_target=hold", "optimizer.lr=1e-3", "algorithm.pairs=1"]
+    folder = run(variant, *settings, steps=3)
+    target = json.loads((folder / "checkpoints/step-000002/state.json").read_text())["target"]
+    first, *_, last = seen_by(folder)["passes"]
+    assert first["captions"] is None, "nothing is lost before the first update"
+    captions = target["captions"]
+    (low, margin), (high, asked) = captions["base"], captions["asked"]
+    expected = margin + min(max((target["mean_gap"] - low) / (high - low), 0), 1) * (asked - margin)
+    assert last["captions"].weight == pytest.approx(min((expected - captions["mean"]) / (0.1 * margin), 1))
+    assert last["captions"].weight > 0
+    for texts in zip(last["prompts"], *last["captions"].wrong, strict=True):
+        assert len(set(texts)) == 1 + 3
 
 
 # --- LoRA and memory plans --------------------------------------------------------------------------------------------
