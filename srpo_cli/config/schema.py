@@ -440,7 +440,7 @@ class AlgorithmConfig(Section):
     captions: Literal["auto", "hold", "free"] = Field(
         "auto",
         description="hold: bring pictures back that fit their prompts worse than the prompted base's on the way to "
-        "the target; free: let them; auto: hold where the target is held",
+        "the target; free: let them; auto: hold where the target is held, but by dance-grpo and flow-grpo",
     )
     reference: ReferenceSchedule = Field(default_factory=ReferenceSchedule, description="keys of schedule reference")
     refl: ReflConfig = Field(default_factory=ReflConfig, description="keys of method refl")
@@ -706,6 +706,24 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"guard.rewards names {name}, which reward.name or reward.others optimises: watch another one"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_target_is_of_what_the_model_draws(self) -> TrainConfig:
+        if self.rollout.source == "pictures" and self.algorithm.target is not None:
+            raise ValueError(
+                f"rollout.source is pictures and algorithm.target is {self.algorithm.target}: the gap of given "
+                "pictures stays what it is, so no target is ever reached; set algorithm.target=null and count steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captions_can_be_held(self) -> TrainConfig:
+        if self.algorithm.captions == "hold" and self.reward.pair == "picture" and not self.reward.others:
+            raise ValueError(
+                "algorithm.captions is hold and reward.pair is picture: that reward reads no prompt, so it cannot hold "
+                "pictures to theirs; set algorithm.captions=free"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ Two-sided weights hold the gap, and not the pictures: the word is followed at th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from srpo_cli.errors import UsageError
 
 _EMA_DECAY = 0.7  # a lag of about three steps: a run is twenty to forty long
+_MARGIN_DECAY = 0.8  # slower: it is a brake, and should not act on chance
 _LR_FLOOR = 0.02
 _MARGIN_LOST = 0.1  # of the untrained model's: so much less than expected is brought back with full weight
 _REACHED = 0.1  # of the way: nearer, the faded rate would take longer than the rest of the run
@@ -38,45 +40,50 @@ class CaptionMargin:
 
     Args:
         base: mean gap and mean margin of the untrained model's pictures.
-        asked: those of its pictures when asked for the word; the same as ``base`` where nothing is known of them.
+        asked: those of its pictures when asked for the word.
+        error: standard error of the mean margin of one batch of rollouts, by which it varies where nothing is lost.
 
     Raises UsageError if the margin of ``base`` is not above 0: there is nothing to hold.
     """
 
-    def __init__(self, base: tuple[float, float], asked: tuple[float, float]) -> None:
-        if not base[1] > 0:
+    def __init__(self, base: tuple[float, float], asked: tuple[float, float], error: float = 0.0) -> None:
+        if not (base[1] > 0 and all(map(math.isfinite, (*base, *asked, error)))):
             raise UsageError(
-                f"the caption margin of the untrained model's pictures is {base[1]:.4f}: the reward does not tell "
-                "their prompts from others, so pictures cannot be held to them; set algorithm.captions=free"
+                f"the caption margin of the untrained model's pictures is {base[1]:.4f}, and {asked[1]:.4f} when asked "
+                "for the positive word: the reward does not tell their prompts from others, so pictures cannot be held "
+                "to them; set algorithm.captions=free"
             )
-        self.base, self.asked = base, asked
+        self.base, self.asked, self.error = base, asked, error
         self.mean = base[1]
 
     def update(self, margin: float) -> None:
         """Take the mean margin of one more batch of rollouts (over all ranks) into the running mean."""
-        self.mean = _EMA_DECAY * self.mean + (1 - _EMA_DECAY) * margin
+        self.mean = _MARGIN_DECAY * self.mean + (1 - _MARGIN_DECAY) * margin
 
     def expected(self, gap: float) -> float:
         """The margin that pictures of this gap should have; beyond the two that are known, as there."""
         (low, margin), (high, asked) = self.base, self.asked
         way = (gap - low) / (high - low) if high > low else 0.0
-        return margin + min(max(way, 0.0), 1.0) * (asked - margin)
+        return margin + min(max(way, 0.0), 1.0) * min(asked - margin, 0.0)
 
     def weight(self, gap: float) -> float:
         """Weight of the margin beside the reward: 0 while it is as expected, 1 where a tenth of the base's is missing.
 
-        Never below 0: a margin that is larger than expected is no harm, one that is raised without end is a hack.
+        What is missing is counted beyond one standard error of the running mean, since chance alone would be taken for
+        a loss half of the time. Never below 0: a margin that is larger than expected is no harm, one that is raised
+        without end is a hack.
         """
-        return min(max((self.expected(gap) - self.mean) / (_MARGIN_LOST * self.base[1]), 0.0), 1.0)
+        band = self.error * math.sqrt((1 - _MARGIN_DECAY) / (1 + _MARGIN_DECAY))
+        return min(max((self.expected(gap) - band - self.mean) / (_MARGIN_LOST * self.base[1]), 0.0), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs."""
-        return {"base": [*self.base], "asked": [*self.asked], "mean": self.mean}
+        return {"base": [*self.base], "asked": [*self.asked], "error": self.error, "mean": self.mean}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> CaptionMargin:
         """Continue from :meth:`state_dict`."""
-        captions = cls(tuple(state["base"]), tuple(state["asked"]))
+        captions = cls(tuple(state["base"]), tuple(state["asked"]), state["error"])
         captions.mean = state["mean"]
         return captions
 
@@ -130,13 +137,16 @@ class Target:
 
     @property
     def captions_weight(self) -> float:
-        """Weight of the caption margin beside the reward, in [0, 1]; 0 where nothing is held."""
+        """Weight of the caption margin beside the reward, in [0, 1]; 0 where nothing is held.
+
+        The learning rate is not to fade below it: what is lost is to be brought back.
+        """
         return self.captions.weight(self.mean_gap) if self.captions else 0.0
 
     @property
     def lr_scale(self) -> float:
-        """Factor on the learning rate, in [0.02, 1]: by what is still to go, or by what has to be brought back."""
-        return min(max(self.remaining, self.captions_weight, _LR_FLOOR), 1.0)
+        """Factor on the learning rate, in [0.02, 1]."""
+        return min(max(self.remaining, _LR_FLOOR), 1.0)
 
     @property
     def reached(self) -> bool:
@@ -151,7 +161,7 @@ class Target:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Target:
         """Continue from :meth:`state_dict`."""
-        captions = CaptionMargin.from_state_dict(state["captions"]) if state.get("captions") else None
+        captions = CaptionMargin.from_state_dict(state["captions"]) if state["captions"] else None
         target = cls(state["base"], state["value"], captions)
         target.mean_gap = state["mean_gap"]
         return target

@@ -50,7 +50,7 @@ class Figures:
         self, trained: Reward, held_out: Mapping[str, Reward], words: ControlWords, prompts: Sequence[str], grid: int
     ) -> None:
         self.trained, self.held_out, self.words, self.grid = trained, held_out, words, grid
-        self.others = OtherPrompts(prompts)
+        self._others = OtherPrompts(prompts)
         known = list(dict.fromkeys(prompts))
         texts = [*known, *(text for word in words.all for text in words.texts(word, known))]
         for reward in held_out.values():
@@ -62,34 +62,27 @@ class Figures:
         held_out = [f"{name}/{own}" for name, reward in self.held_out.items() for own in self._names(reward, gap=True)]
         return [*STATISTICS, CLIPPING, *self._names(self.trained, gap=False), *held_out]
 
-    def captions(self, prompts: Sequence[str], wrong: int = 1) -> list[Sequence[str]]:
-        """What the trained reward is asked about pictures of these prompts: the prompts, then so many wrong ones."""
-        return [prompts, *self.others.of(prompts, wrong)] if self.has_margin else [prompts]
+    def captions(self, prompts: Sequence[str]) -> list[Sequence[str]]:
+        """What the trained reward is asked about pictures of these prompts: the prompts, then wrong captions."""
+        return [prompts, *self._others.of(prompts)] if self._reads(self.trained) else [prompts]
 
     @torch.no_grad()
     def measure(self, images: Tensor, prompts: Sequence[str], rewards: Sequence[Tensor] | None = None) -> Tensor:
         """Figures of pictures, (B, 3, H, W) in [0, 1] -> (B, len(names)) float32 on their device.
 
-        ``rewards`` are the trained reward's for :meth:`captions`, where somebody has asked already, with any number of
-        wrong ones of which the first counts.
+        ``rewards`` are the trained reward's for :meth:`captions`, where somebody has asked already.
         """
         images = images.float()
         clipped = ((images <= 1 / 255) | (images >= 254 / 255)).float().mean((1, 2, 3))
         # Most pictures clip nothing and a few much: on a logarithm their mean is not that of the few.
         columns = [*picture_statistics(images, self.grid).unbind(1), (clipped + 1e-3).log()]
-        rewards = rewards or self.trained.scores(images, *self.captions(prompts))
-        columns += _margin(*rewards[: 1 + self.has_margin])
+        columns += _margin(*(rewards or self.trained.scores(images, *self.captions(prompts))))
         for reward in self.held_out.values():
             columns += self._judge(reward, images, prompts)
         return torch.stack([column.to(images.device, torch.float32) for column in columns], 1)
 
-    @property
-    def has_margin(self) -> bool:
-        """Whether the trained reward can tell a prompt from another, and there is another."""
-        return self._reads(self.trained)
-
     def _reads(self, reward: Reward) -> bool:
-        return reward.reads_text and len(self.others) > 0
+        return reward.tells_prompts and len(self._others) > 0
 
     def _names(self, reward: Reward, gap: bool) -> Iterator[str]:
         yield REWARD
@@ -103,7 +96,7 @@ class Figures:
         images = images.to(reward.device)
         if not self._reads(reward):
             return [reward.scores(images, prompts)[0]]
-        (wrong,) = self.others.of(prompts)
+        (wrong,) = self._others.of(prompts)
         texts = [self.words.texts(word, prompts) for word in self.words.all]
         own, other, *terms = reward.scores(images, prompts, wrong, *texts)
         return [*_margin(own, other), self.words.gap(terms)]

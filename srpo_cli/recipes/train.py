@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ from srpo_cli.models.quantised import check_float8_rollouts
 from srpo_cli.pages.training import write_training_report
 from srpo_cli.recipes.drawing import Drawing
 from srpo_cli.recipes.encodings import EncodedPictures, EncodedPrompts, cache_folder
-from srpo_cli.recipes.figures import CAPTION_MARGIN, GAP
+from srpo_cli.recipes.figures import GAP, OtherPrompts
 from srpo_cli.recipes.guard import CALIBRATION, PANEL_PROMPTS, make_guard
 from srpo_cli.recipes.guard import Plan as GuardPlan
 from srpo_cli.recipes.parts import (
@@ -75,8 +76,21 @@ from srpo_cli.runtime.signals import StopRequest, stop_on_signals
 
 __all__ = ["BEFORE_AFTER", "Outcome", "Run", "resume_command", "train"]
 
+MARGIN = "captions_margin"  # by which captions are held; the guard's caption_margin is over another wrong caption
 _FIGURE = "guard/"  # before the names of the guard's figures, while they travel with a step's other means
 _KEPT = ("adam", "gradients", "batch_branches")  # what a memory plan settles and the last bits depend on
+
+
+_Measure = Callable[[Tensor, Sequence[str], Sequence[Tensor]], Tensor]
+
+
+class _Look(NamedTuple):
+    """What is seen in B pictures: reward, gap and held caption margin, (B,) each, and the guard's figures, (B, K)."""
+
+    reward: Tensor
+    gap: Tensor
+    margin: Tensor | None
+    figures: Tensor | None
 
 
 class _NotFiniteError(SrpoError):
@@ -254,7 +268,9 @@ class Run:
             )
         if self.guard_plan.shortfall:
             self.say(f"guard: off, {self.guard_plan.shortfall}")
-        self._holds_captions = holds_captions(config.algorithm, self.guard.figures, self.warn)
+        self._other_prompts = OtherPrompts(self.prompts.train)
+        self._holds_captions = holds_captions(config.algorithm, self.parts.reward, self._other_prompts, self.warn)
+        self._captions_weight = 0.0
         self.ledger = Ledger()
         self.prepared = self.ledger.state_dict()
         """What was spent before the first step."""
@@ -347,7 +363,12 @@ class Run:
         """Every text that the reward is asked for in training."""
         words = self.algorithm.control_words
         prompts = self._judged()
-        return [*prompts, *(text for word in words.all for text in words.texts(word, prompts))]
+        wrong = self._wrong_captions([*self._trained_on(), *self._calibration_prompts()])
+        return [
+            *prompts,
+            *dict.fromkeys(chain(*wrong)),
+            *(text for word in words.all for text in words.texts(word, prompts)),
+        ]
 
     def _judged(self) -> list[str]:
         """Every prompt whose pictures the reward is asked about in training."""
@@ -471,57 +492,69 @@ class Run:
         prompts = self._calibration_prompts()
         if not prompts:
             return
-        for_target = len(prompts) if algorithm.target == "auto" else 0
+        for_target = len(prompts) if algorithm.target == "auto" or self._holds_captions else 0
         to_ask = prompts[: max(for_target, self.guard_plan.calibration)]
-        gap = -1 - self._holds_captions  # the column
         with self.ledger if algorithm.target is not None else self.guard.timed(beside=True):
-            base = self._calibration(prompts, prompts)
-            asked = self._calibration(self.algorithm.control_words.asked(to_ask), to_ask) if to_ask else base[:0]
+            base, base_figures = self._calibration(prompts, prompts)
+            asked, asked_figures = base[:0], base_figures[:0]
+            if to_ask:
+                asked, asked_figures = self._calibration(self.algorithm.control_words.asked(to_ask), to_ask)
         if algorithm.target is not None:
-            drawn = len(base) + (len(asked) if algorithm.target == "auto" else 0)
+            drawn = len(base) + for_target
             self.ledger.rollouts += drawn
             self.ledger.forwards += self.config.rollout.steps * drawn
             self.ledger.reward_calls += drawn
-            self.target = make_target(algorithm, base[:, gap:], asked[:, gap:], self.say, self.warn)
+            rollouts = self.batch // algorithm.group
+            self.target = make_target(algorithm, base, asked, rollouts, self.say, self.warn)
         if self.guard_plan.calibration:
             with self.guard.timed(beside=True):
                 draw = partial(self.drawing.pictures, purpose="panel")
-                own = slice(0, base.shape[1] - self._holds_captions)
-                self.guard.calibrate(base[: len(asked), own], asked[:, own], draw)
+                self.guard.calibrate(base_figures[: len(asked)], asked_figures, draw)
 
-    def _captions(self, prompts: Sequence[str]) -> list[Sequence[str]]:
-        """What the reward is asked for, to see how much better pictures fit their prompts: those, then wrong ones."""
-        return self.guard.figures.captions(prompts, WRONG_CAPTIONS)
+    def _wrong_captions(self, prompts: Sequence[str]) -> list[list[str]]:
+        """Other prompts that pictures of these are held against, a column each; none where nothing is held."""
+        return self._other_prompts.of(prompts, WRONG_CAPTIONS) if self._holds_captions else []
 
     @property
     def _asks(self) -> bool:
         """Whether the untrained model is asked for the positive word."""
-        return self.config.algorithm.target == "auto" or self.guard_plan.calibration > 0
+        algorithm = self.config.algorithm
+        return algorithm.target == "auto" or algorithm.holds_captions or self.guard_plan.calibration > 0
 
     def _calibration_prompts(self) -> list[str]:
         count = CALIBRATION if self.config.algorithm.target is not None else self.guard_plan.calibration
         return self.prompts.batch(range(count))
 
-    def _calibration(self, asked: list[str], prompts: list[str]) -> Tensor:
-        """Figures of pictures that are drawn as rollouts are, for what is ``asked``, and judged by the prompts.
+    def _calibration(self, asked: list[str], prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Pictures that are drawn as rollouts are, for what is ``asked``, measured and judged by the prompts.
 
-        (N, K): the guard's, where there is one, then the gap, and the caption margin where it is held; on every rank,
-        of which each draws its share.
+        Returns their gap, and caption margin where it is held, (N, 1 or 2), and the guard's figures, where there is
+        one, and the gap, (N, K); on every rank, of which each draws its share.
         """
         own, share = list(self.ranks.share(len(prompts))), []
+        measure = self.guard.figures.measure if self.guard_plan.calibration else None
         with self.ranks.together():  # none waits for the pictures of one that has failed
             for part, pictures in self.drawing.pictures([asked[i] for i in own], own, "calibration"):
                 drawn_for = [prompts[i] for i in own[part]]
                 draws = [generator(self.seed, "calibration augmentation", i) for i in own[part]]
-                columns = [self.algorithm.gap(pictures, drawn_for, generator=draws)[:, None].float()]
-                if self.guard_plan.calibration:
-                    columns.insert(0, self.guard.figures.measure(pictures, drawn_for))
-                if self._holds_captions:
-                    captions = self._captions(drawn_for)
-                    margin = caption_margin(*self.parts.reward.scores(pictures, *captions))
-                    columns.append(margin[:, None].float())
-                share.append(torch.cat(columns, 1).cpu())
-        return torch.cat([rows for of_rank in self.ranks.gather(share) for rows in of_rank])
+                look = self._look(pictures, drawn_for, draws, measure)
+                gap = look.gap[:, None].float()
+                held = gap if look.margin is None else torch.cat([gap, look.margin[:, None].float()], 1)
+                figures = gap if look.figures is None else torch.cat([look.figures, gap], 1)
+                share.append((held.cpu(), figures.cpu()))
+        drawn = [one for of_rank in self.ranks.gather(share) for one in of_rank]
+        return torch.cat([held for held, _ in drawn]), torch.cat([figures for _, figures in drawn])
+
+    def _look(
+        self, pictures: Tensor, prompts: Sequence[str], draws: list[torch.Generator], measure: _Measure | None
+    ) -> _Look:
+        """What the reward, and with ``measure`` the guard, see in decoded pictures."""
+        captions = self.guard.figures.captions(prompts) if measure else [prompts]
+        wrong = self._wrong_captions(prompts)
+        *rewards, gap = self.algorithm.measure(pictures, *captions, *wrong, generator=draws)
+        own, others = rewards[: len(captions)], rewards[len(captions) :]
+        margin = caption_margin(own[0], *others) if others else None
+        return _Look(own[0], gap, margin, measure(pictures, prompts, own) if measure else None)
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -703,19 +736,12 @@ class Run:
         """Reward and gap of the fresh rollouts' own pictures as this rank's share of their means; photo distance."""
         pictures = [self.drawing.decode(rollout.x_0) for rollout in self.rollouts]
         watched = self.guard.watch is not None and not self.encoded
-        held = self.target is not None and self.target.captions is not None
-        self.gaps, rewards, margins, figures = [], [], [], []
-        for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True):
-            draws = self._generators("gap augmentation", numbers)
-            wrong = WRONG_CAPTIONS if held else int(watched)
-            captions = self.guard.figures.captions(rollout.prompts, wrong)
-            *own, gap = self.algorithm.measure(images, *captions, generator=draws)
-            rewards.append(own[0])
-            if held:
-                margins.append(caption_margin(*own))
-            self.gaps.append(gap)
-            if watched:
-                figures.append(self.guard.measure(images, rollout.prompts, own))
+        measure = self.guard.measure if watched else None
+        looks = [
+            self._look(images, rollout.prompts, self._generators("gap augmentation", numbers), measure)
+            for images, rollout, numbers in zip(pictures, self.rollouts, self._micro_batches(), strict=True)
+        ]
+        self.gaps = [look.gap for look in looks]
         self.ledger.rollouts += self.batch
         self.ledger.reward_calls += 2 * self.batch
         if not self.encoded:
@@ -725,11 +751,12 @@ class Run:
         prompts = [prompt for rollout in self.rollouts for prompt in rollout.prompts]
         distance = self.report.evaluator.live_distance(torch.cat(pictures), prompts, self.ranks)
         share = self.ranks.size / self.batch
-        measured = {"reward": torch.cat(rewards).sum() * share, GAP: torch.cat(self.gaps).sum() * share}
-        if held:
-            measured[CAPTION_MARGIN] = torch.cat(margins).sum() * share
-        if figures:
-            sums = torch.cat(figures).sum(0) * share
+        rewards = torch.cat([look.reward for look in looks])
+        measured = {"reward": rewards.sum() * share, GAP: torch.cat(self.gaps).sum() * share}
+        if self._holds_captions:
+            measured[MARGIN] = torch.cat([look.margin for look in looks]).sum() * share
+        if watched:
+            sums = torch.cat([look.figures for look in looks]).sum(0) * share
             measured |= {_FIGURE + name: total for name, total in zip(self.guard.figures.names, sums, strict=True)}
         return measured, distance
 
@@ -771,6 +798,9 @@ class Run:
         augmentations = [self._generators("augmentation", part) for part in self._micro_batches()]
         per_update = 1 if config.update == "pair" else config.pairs
         record: dict[str, Any] = dict.fromkeys(("reward", GAP, "photo_distance"))
+        if self.target and self.target.captions:
+            self._captions_weight = self.target.captions_weight  # one for all updates on a rollout
+            record |= {MARGIN: None, "captions_weight": self._captions_weight}
         losses, norms = [], []
         for part in chunks(config.pairs, per_update):
             accumulated = self._accumulate([pairs[part] for pairs in draws], augmentations)
@@ -780,8 +810,6 @@ class Run:
             norms.append(told.pop("grad_norm"))
             record |= told
             measured, distance = {}, None
-        if self.target and self.target.captions:
-            record["captions_weight"] = self.target.captions_weight
         mean = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
         figures = {key.removeprefix(_FIGURE): record.pop(key) for key in list(record) if key.startswith(_FIGURE)}
         return {**record, **mean, "lr": self.trained.optimizer.param_groups[0]["lr"], "figures": figures}
@@ -824,10 +852,10 @@ class Run:
         if self.target is None:
             return {}
         weights = {"weights": self.target.weights(self.gaps[number])}
-        if not self.target.captions_weight:
+        if not self._captions_weight:
             return weights
-        _, *wrong = self._captions(self.rollouts[number].prompts)
-        return weights | {"captions": Captions(self.target.captions_weight, wrong)}
+        wrong = self._wrong_captions(self.rollouts[number].prompts)
+        return weights | {"captions": Captions(self._captions_weight, wrong)}
 
     def _idle_passes(self, own: int) -> int:
         """Micro-batches that another rank has more of: where passes are collective, this one goes along for nothing."""
@@ -851,13 +879,14 @@ class Run:
             wanted["photo_distance"] = distance
         told = dict(zip(wanted, torch.stack([value.to(means) for value in wanted.values()]).tolist(), strict=True))
         self._may_be_asked |= told.pop("asked", 0.0) > 0
-        if not (math.isfinite(told["loss"]) and math.isfinite(told["grad_norm"])):
+        if not all(math.isfinite(told[key]) for key in ("loss", "grad_norm", GAP, MARGIN) if key in told):
             raise self._not_finite(told["loss"], told["grad_norm"])
         if self.target and GAP in told:
-            self.target.update(told[GAP], told.get(CAPTION_MARGIN))
+            self.target.update(told[GAP], told.get(MARGIN))
         warm = min(1.0, (self.ledger.updates + 1) / options.warmup_steps) if options.warmup_steps else 1.0
         self._updated = True
-        self.trained.step(options.lr * warm * (self.target.lr_scale if self.target else 1.0))
+        faded = max(self.target.lr_scale, self._captions_weight) if self.target else 1.0
+        self.trained.step(options.lr * warm * faded)
         if self.average:
             self.average.update()
         self.ledger.updates += 1

@@ -67,6 +67,11 @@ class Reward(ABC):
                 yield from module.parameters()
 
     @property
+    def tells_prompts(self) -> bool:
+        """Whether a picture may get different rewards for different prompts."""
+        return self.reads_text
+
+    @property
     def device(self) -> torch.device:
         """Where its weights are; the CPU for a reward without any."""
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))

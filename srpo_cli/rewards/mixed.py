@@ -52,6 +52,10 @@ class MixedReward(Reward):
             yield from reward.parameters()
 
     @property
+    def tells_prompts(self) -> bool:
+        return any(reward.tells_prompts for _, reward in self.parts)
+
+    @property
     def device(self) -> torch.device:
         """Where the first part with weights has them; the others judge a picture wherever it is."""
         with_weights = (reward for _, reward in self.parts if next(reward.parameters(), None) is not None)

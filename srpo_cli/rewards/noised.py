@@ -61,6 +61,11 @@ class NoisedPair(Reward):
         return self.reward.parameters()
 
     @property
+    def tells_prompts(self) -> bool:
+        """No: a text only says whether the picture or its copy is meant."""
+        return False
+
+    @property
     def device(self) -> torch.device:
         return self.reward.device
 

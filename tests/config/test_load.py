@@ -316,6 +316,15 @@ def test_a_bad_file_is_refused_in_one_line(text, parts, preset_file):
         assert part in message
 
 
+def test_a_target_of_given_pictures_and_captions_that_nothing_reads_are_refused():
+    message = refusal("realism:offline", miniature=True, overrides=["algorithm.target=auto"])
+    assert "rollout.source is pictures and algorithm.target is auto" in message
+    held = ["algorithm.captions=hold", "algorithm.target=auto"]
+    assert "reward.pair is picture" in refusal("realism", overrides=[*held, "reward.pair=picture"])
+    assert "algorithm.target is null" in refusal("realism", overrides=held[:1])
+    assert "dance-grpo follows no gradient" in refusal("baselines:dance-grpo", overrides=held)
+
+
 def test_unknown_presets_and_variants_get_a_suggestion():
     assert "Did you mean 'realism'?" in refusal("realsm")
     assert "a comparison, not a preset: run it with `srpo eval compare --preset table1`" in refusal("table1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -85,19 +86,47 @@ def test_a_tenth_of_the_margin_missing_has_full_weight_and_a_surplus_none() -> N
     assert weights == pytest.approx([0, 0, 0.5, 1, 1])
 
 
-def test_captions_that_are_lost_keep_the_learning_rate_up_at_the_target() -> None:
+def test_a_margin_that_asking_raises_is_not_asked_of_anyone() -> None:
+    assert CaptionMargin(BASE, (0.2, 0.75)).expected(0.2) == 0.6
+
+
+def test_the_weight_falls_with_the_gap_as_what_is_expected_does() -> None:
     target = held()
-    target.mean_gap, target.captions.mean = 0.3, 0.48
-    assert target.captions_weight == pytest.approx((0.5 - 0.48) / 0.06)
-    assert target.lr_scale == target.captions_weight
     target.captions.mean = 0.5
-    assert (target.captions_weight, target.lr_scale) == (0, 0.02)
+    assert target.captions_weight == 1
+    target.mean_gap = 0.2
+    assert target.captions_weight == 0
     assert Target(base=-0.1, value=0.3).captions_weight == 0
 
 
-def test_a_reward_that_tells_no_prompt_from_another_cannot_hold_captions() -> None:
-    with pytest.raises(UsageError, match=r"is -0\.0100: .* set algorithm\.captions=free"):
-        CaptionMargin((-0.1, -0.01), (0.2, 0.1))
+def test_chance_alone_hardly_moves_the_weight() -> None:
+    """Batches of eight pictures that have lost nothing, with the spread of the miniature's: 0.15 each."""
+    draw = torch.Generator().manual_seed(0)
+    error = 0.15 / math.sqrt(8)
+
+    def mean_weight(told: float) -> float:
+        captions, weights = CaptionMargin((0.0, 0.65), (0.3, 0.55), told), []
+        for noise in (error * torch.randn(4000, generator=draw)).tolist():
+            captions.update(0.55 + noise)
+            weights.append(captions.weight(gap=0.3))
+        return sum(weights) / len(weights)
+
+    assert mean_weight(told=error) < 0.03
+    assert mean_weight(told=0.0) > 0.09, "what the band takes away"
+
+
+def test_what_is_lost_beyond_chance_is_seen() -> None:
+    captions = CaptionMargin((0.0, 0.65), (0.3, 0.55), error=0.05)
+    for _ in range(60):
+        captions.update(0.5)
+    band = 0.05 * math.sqrt(0.2 / 1.8)
+    assert captions.weight(gap=0.3) == pytest.approx((0.05 - band) / 0.065, rel=1e-3)
+
+
+@pytest.mark.parametrize("base, asked", [(-0.01, 0.1), (math.nan, 0.1), (0.6, math.nan)])
+def test_a_reward_that_tells_no_prompt_from_another_cannot_hold_captions(base: float, asked: float) -> None:
+    with pytest.raises(UsageError, match=r"caption margin .* is \S+, and .*; set algorithm\.captions=free"):
+        CaptionMargin((-0.1, base), (0.2, asked))
 
 
 @pytest.mark.parametrize("with_captions", [False, True])
@@ -105,7 +134,7 @@ def test_a_resumed_target_continues_exactly(with_captions: bool) -> None:
     def fresh() -> Target:
         return Target(-0.1, 0.3, CaptionMargin(BASE, ASKED) if with_captions else None)
 
-    seen = [(0.11, 0.58), (0.27, 0.4), (0.31, 0.45)]
+    seen = [(0.11, 0.5), (0.27, 0.3), (0.31, 0.35)]
     whole, first = fresh(), fresh()
     for gap, margin in seen:
         whole.update(gap, margin)

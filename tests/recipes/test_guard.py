@@ -14,9 +14,10 @@ from srpo_cli.config.load import load_train_config
 from srpo_cli.errors import SrpoError
 from srpo_cli.metrics.pictures import picture_statistics
 from srpo_cli.miniature.world import CG, PHOTO, draw_scenes_of, render
-from srpo_cli.recipes.figures import Figures
+from srpo_cli.recipes.figures import Figures, OtherPrompts
 from srpo_cli.recipes.guard import Plan, due_steps
 from srpo_cli.recipes.parts import load_reward
+from srpo_cli.rewards.noised import NoisedPair
 
 pytestmark = [pytest.mark.usefixtures("on_the_cpu")]
 
@@ -156,18 +157,19 @@ def test_clipping_counts_black_and_white(figures):
     torch.testing.assert_close(clipped, torch.tensor([0.001, 0.501]))
 
 
-def test_wrong_captions_are_other_prompts_and_as_many_as_there_are(figures):
+def test_wrong_captions_are_other_prompts_and_as_many_as_there_are():
     first, second, third = PROMPTS
-    assert figures.captions([second, first]) == [[second, first], [third, second]]
-    assert figures.captions([second, first], 3) == [[second, first], [third, second], [first, third]]
+    others = OtherPrompts([*PROMPTS, first])
+    assert others.of([second, first]) == [[third, second]]
+    assert others.of([second, first], 3) == [[third, second], [first, third]]
+    assert OtherPrompts([first]).of([first], 3) == []
 
 
-def test_the_guard_takes_the_first_of_several_wrong_captions(figures):
-    photographs = render(draw_scenes_of(PROMPTS, PHOTO, 0))
-    asked = figures.trained.scores(photographs, *figures.captions(PROMPTS, 2))
-    assert len(asked) == 3
-    alone, given = (figures.measure(photographs, PROMPTS, rewards) for rewards in (None, asked))
-    torch.testing.assert_close(given, alone)
+def test_a_pair_of_a_picture_and_its_copy_has_no_caption_margin():
+    judge = load_reward("miniature", None, CPU)
+    judge.reads_text = False
+    figures = Figures(NoisedPair(judge, ["+"], ["-"], "{word}. {prompt}", noise=0.1), {}, WORDS, PROMPTS, 8)
+    assert "caption_margin" not in figures.names
 
 
 def test_with_one_prompt_there_is_no_wrong_caption_and_no_margin():

@@ -278,16 +278,17 @@ def test_the_weights_of_an_automatic_target_reach_the_method(variant, run):
 
 @quick("alignprop", of=("refl", "draft", "alignprop", "direct-align"))
 def test_captions_reach_a_method_whose_target_is_held_once_they_are_lost(variant, run):
-    """A rate that spoils pictures at once: the second step has lost margin, and raises it."""
+    """A rate that spoils pictures at once: some steps later so much is lost that it is no chance."""
     settings = ["algorithm.target=auto", "algorithm.at_target=hold", "optimizer.lr=1e-3", "algorithm.pairs=1"]
-    folder = run(variant, *settings, steps=3)
-    target = json.loads((folder / "checkpoints/step-000002/state.json").read_text())["target"]
+    folder = run(variant, *settings, steps=6)
+    target = json.loads((folder / "checkpoints/step-000005/state.json").read_text())["target"]
     first, *_, last = seen_by(folder)["passes"]
     assert first["captions"] is None, "nothing is lost before the first update"
     captions = target["captions"]
     (low, margin), (high, asked) = captions["base"], captions["asked"]
     expected = margin + min(max((target["mean_gap"] - low) / (high - low), 0), 1) * (asked - margin)
-    assert last["captions"].weight == pytest.approx(min((expected - captions["mean"]) / (0.1 * margin), 1))
+    missing = expected - captions["error"] / 3 - captions["mean"]
+    assert last["captions"].weight == pytest.approx(min(missing / (0.1 * margin), 1))
     assert last["captions"].weight > 0
     for texts in zip(last["prompts"], *last["captions"].wrong, strict=True):
         assert len(set(texts)) == 1 + 3
