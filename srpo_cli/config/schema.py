@@ -500,22 +500,6 @@ class AlgorithmConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _captions_can_be_held(self) -> AlgorithmConfig:
-        if self.captions != "hold":
-            return self
-        if self.target is None:
-            raise ValueError(
-                "algorithm.captions is hold and algorithm.target is null: pictures are held to their prompts on the "
-                "way to a target; set algorithm.target=auto, or a gap"
-            )
-        if self.name in POLICY_METHODS:
-            raise ValueError(
-                f"algorithm.captions is hold, and {self.name} follows no gradient of the reward that could bring "
-                "pictures back to their prompts: set algorithm.captions=free, or algorithm.name=srpo"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _two_steps_fit_into_the_window(self) -> AlgorithmConfig:
         low, high = self.window
         if 2 * self.delta_sigma > high - low:
@@ -709,20 +693,33 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_target_is_of_what_the_model_draws(self) -> TrainConfig:
-        if self.rollout.source == "pictures" and self.algorithm.target is not None:
+    def _captions_can_be_held(self) -> TrainConfig:
+        algorithm = self.algorithm
+        if algorithm.captions != "hold":
+            return self
+        why = ""
+        if algorithm.name in POLICY_METHODS:
+            why = f"algorithm.name is {algorithm.name}, which follows no gradient that could bring pictures back"
+        elif self.rollout.source == "pictures":
+            why = "rollout.source is pictures, which stay what they are"
+        elif self.reward.pair == "picture" and not self.reward.others:
+            why = "reward.pair is picture, whose reward reads no prompt"
+        if why:
+            raise ValueError(f"algorithm.captions is hold and {why}: set algorithm.captions=free")
+        if algorithm.target is None:
             raise ValueError(
-                f"rollout.source is pictures and algorithm.target is {self.algorithm.target}: the gap of given "
-                "pictures stays what it is, so no target is ever reached; set algorithm.target=null and count steps"
+                "algorithm.captions is hold and algorithm.target is null: pictures are held to their prompts on the "
+                "way to a target; set algorithm.target=auto, or a gap"
             )
         return self
 
     @model_validator(mode="after")
-    def _captions_can_be_held(self) -> TrainConfig:
-        if self.algorithm.captions == "hold" and self.reward.pair == "picture" and not self.reward.others:
+    def _a_target_is_of_what_the_model_draws(self) -> TrainConfig:
+        if self.rollout.source == "pictures" and self.algorithm.target is not None:
             raise ValueError(
-                "algorithm.captions is hold and reward.pair is picture: that reward reads no prompt, so it cannot hold "
-                "pictures to theirs; set algorithm.captions=free"
+                f"rollout.source is pictures and algorithm.target is {self.algorithm.target}: the gap of given "
+                "pictures stays what it is, so no target is ever reached; set algorithm.target=null and "
+                "algorithm.at_target=stop, and count steps"
             )
         return self
 

@@ -50,8 +50,7 @@ class CaptionMargin:
         if not (base[1] > 0 and all(map(math.isfinite, (*base, *asked, error)))):
             raise UsageError(
                 f"the caption margin of the untrained model's pictures is {base[1]:.4f}, and {asked[1]:.4f} when asked "
-                "for the positive word: the reward does not tell their prompts from others, so pictures cannot be held "
-                "to them; set algorithm.captions=free"
+                "for the positive word, so the reward does not tell their prompts from others"
             )
         self.base, self.asked, self.error = base, asked, error
         self.mean = base[1]

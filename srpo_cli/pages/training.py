@@ -48,8 +48,8 @@ MEANINGS = {
 
 _RECORDED = {
     "photo_distance": "The miniature's oracle: distance of recent rollouts from photographs. Not seen by the guard.",
-    "captions_weight": "Weight of the caption margin beside the reward: above 0 pictures are brought back to their "
-    "prompts.",
+    "held_margin": "How much better rollouts fit their own prompts than three others, by the trained reward.",
+    "captions_weight": "Weight of that margin beside the reward: above 0 pictures are brought back to their prompts.",
     "loss": "What the run minimised.",
     "grad_norm": "Length of the gradient before it is clipped.",
 }

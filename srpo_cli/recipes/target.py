@@ -22,14 +22,21 @@ Say = Callable[[str], None]
 
 
 def holds_captions(config: AlgorithmConfig, reward: Reward, others: OtherPrompts, warn: Say) -> bool:
-    """Whether pictures are to be held to their prompts, and the reward can tell prompts apart.
+    """Whether pictures are to be held to their prompts, and can be.
 
-    UsageError where it cannot and the user asked for it by name.
+    UsageError where they cannot, and the user asked for it by name; a line where the target is held without.
     """
-    if not config.holds_captions or (reward.tells_prompts and len(others)):
-        return config.holds_captions
-    why = "the reward tells no prompt from another" if len(others) else "there is one prompt to train on"
-    return _go_without(config, UsageError(f"{why}, so captions cannot be held; set algorithm.captions=free"), warn)
+    if config.captions == "free" or (config.captions == "auto" and config.at_target == "stop"):
+        return False
+    if not config.holds_captions:
+        why = f"{config.name} follows no gradient that could bring pictures back"
+    elif not reward.tells_prompts:
+        why = f"the reward {reward.name} tells no prompt from another"
+    elif not len(others):
+        why = "there is one prompt to train on"
+    else:
+        return True
+    return _go_without(config, why, warn)
 
 
 def make_target(config: AlgorithmConfig, base: Tensor, asked: Tensor, rollouts: int, say: Say, warn: Say) -> Target:
@@ -46,17 +53,26 @@ def make_target(config: AlgorithmConfig, base: Tensor, asked: Tensor, rollouts: 
     """
     gap = _means(base)[0]
     captions = _captions(config, base, asked, rollouts, warn) if base.shape[1] > 1 else None
-    if config.target != "auto":
-        return Target(gap, config.target, captions)
-    wanted = _means(asked)[0]
-    target = Target.from_positive_mode(gap, wanted, config.target_reach, captions)
-    say(
-        f"target: semantic gap {gap:+.3f} now, {wanted:+.3f} when asked for the positive word, "
-        f"so train to {target.value:+.3f}"
-    )
+    if config.target == "auto":
+        wanted = _means(asked)[0]
+        target = Target.from_positive_mode(gap, wanted, config.target_reach, captions)
+        known = f"{gap:+.3f} now, {wanted:+.3f} when asked for the positive word, so train"
+    elif config.target > gap:
+        target = Target(gap, config.target, captions)
+        known = f"{gap:+.3f} now, train"
+    else:
+        raise UsageError(
+            f"algorithm.target is {config.target:g}, and the untrained model's gap is {gap:.4f}: give a gap above "
+            "that, or auto"
+        )
+    hold = " and hold it there" if config.at_target == "hold" else ""
+    say(f"target: semantic gap {known} to {target.value:+.3f}{hold}")
     if captions:
         now, then = captions.base[1], captions.asked[1]
-        say(f"target: caption margin {now:.3f} now, {then:.3f} when asked for the positive word, so hold it on the way")
+        say(
+            f"target: caption margin {now:.3f} now, {then:.3f} when asked for the positive word; held between the two "
+            "on the way from the one gap to the other"
+        )
     return target
 
 
@@ -65,22 +81,25 @@ def _captions(config: AlgorithmConfig, base: Tensor, asked: Tensor, rollouts: in
     deviation = margins.std().item()
     try:
         captions = CaptionMargin(_means(base), _means(asked), deviation / math.sqrt(rollouts))
-        if margins.mean().item() <= _CLEAR * deviation / math.sqrt(len(margins)):
-            raise UsageError(
-                f"the caption margin of the untrained model's pictures is {captions.base[1]:.4f}, which {len(margins)} "
-                "pictures do not tell from 0, so captions cannot be held; set algorithm.captions=free"
-            )
     except UsageError as error:
-        _go_without(config, error, warn)
+        _go_without(config, str(error), warn)
         return None
-    return captions
+    if margins.mean().item() > _CLEAR * deviation / math.sqrt(len(margins)):
+        return captions
+    _go_without(
+        config,
+        f"the caption margin of the untrained model's pictures is {captions.base[1]:.4f}, which {len(margins)} "
+        "pictures do not tell from 0",
+        warn,
+    )
+    return None
 
 
-def _go_without(config: AlgorithmConfig, error: UsageError, warn: Say) -> bool:
+def _go_without(config: AlgorithmConfig, why: str, warn: Say) -> bool:
     """Hold the gap alone, with a warning, unless captions were asked for by name."""
     if config.captions == "hold":
-        raise error
-    warn(f"target: held, and captions are not: {error}")
+        raise UsageError(f"algorithm.captions is hold, and {why}: set algorithm.captions=free")
+    warn(f"target: the gap is held and captions are not: {why}")
     return False
 
 

@@ -76,7 +76,7 @@ from srpo_cli.runtime.signals import StopRequest, stop_on_signals
 
 __all__ = ["BEFORE_AFTER", "Outcome", "Run", "resume_command", "train"]
 
-MARGIN = "captions_margin"  # by which captions are held; the guard's caption_margin is over another wrong caption
+MARGIN = "held_margin"  # by which captions are held; the guard's caption_margin is over another wrong caption
 _FIGURE = "guard/"  # before the names of the guard's figures, while they travel with a step's other means
 _KEPT = ("adam", "gradients", "batch_branches")  # what a memory plan settles and the last bits depend on
 
@@ -1017,6 +1017,7 @@ class Run:
             steps=self.step,
             stopped_by=self.stopped_by or "steps",
             **({"best_step": best and best.step} if self.guard.watch else {}),
+            **({"target": self.target.state_dict()} if self.target else {}),
             seconds=round(self.ledger.seconds, 1),
             ledger=self.ledger.report(),
             plan=self.plan.name,

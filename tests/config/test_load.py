@@ -322,7 +322,8 @@ def test_a_target_of_given_pictures_and_captions_that_nothing_reads_are_refused(
     held = ["algorithm.captions=hold", "algorithm.target=auto"]
     assert "reward.pair is picture" in refusal("realism", overrides=[*held, "reward.pair=picture"])
     assert "algorithm.target is null" in refusal("realism", overrides=held[:1])
-    assert "dance-grpo follows no gradient" in refusal("baselines:dance-grpo", overrides=held)
+    assert "dance-grpo, which follows no gradient" in refusal("baselines:dance-grpo", overrides=held[:1])
+    assert "rollout.source is pictures, which" in refusal("realism:offline", overrides=held[:1])
 
 
 def test_unknown_presets_and_variants_get_a_suggestion():

@@ -55,8 +55,6 @@ def test_a_configuration_cannot_be_changed():
         (AlgorithmConfig, {"target_reach": 0}),
         (AlgorithmConfig, {"target": "auto", "at_target": "go"}),
         (AlgorithmConfig, {"at_target": "hold"}),
-        (AlgorithmConfig, {"captions": "hold"}),
-        (AlgorithmConfig, {"captions": "hold", "target": "auto", "name": "dance-grpo"}),
         (AlgorithmConfig, {"captions": "keep"}),
         (AlgorithmConfig, {"update": "step"}),
         (ReferenceSchedule, {"train_timestep": [25, 5]}),

@@ -125,7 +125,7 @@ def test_what_is_lost_beyond_chance_is_seen() -> None:
 
 @pytest.mark.parametrize("base, asked", [(-0.01, 0.1), (math.nan, 0.1), (0.6, math.nan)])
 def test_a_reward_that_tells_no_prompt_from_another_cannot_hold_captions(base: float, asked: float) -> None:
-    with pytest.raises(UsageError, match=r"caption margin .* is \S+, and .*; set algorithm\.captions=free"):
+    with pytest.raises(UsageError, match=r"caption margin .* is \S+, and .* does not tell"):
         CaptionMargin((-0.1, base), (0.2, asked))
 
 

@@ -59,6 +59,18 @@ def test_gap_and_margin_are_the_means_of_what_is_drawn(told):
 def test_a_given_gap_takes_what_is_expected_of_captions_from_the_asked_pictures_too(told):
     target = make(told, pictures(-0.1, 0.6), pictures(0.2, 0.5), target=0.4)
     assert (target.value, target.captions.expected(0.4)) == (0.4, pytest.approx(0.5))
+    assert told[0] == "target: semantic gap -0.100 now, train to +0.400 and hold it there"
+
+
+def test_a_given_gap_below_the_base_models_is_refused_for_what_it_is(told):
+    with pytest.raises(UsageError, match=r"algorithm\.target is -0\.5, and the untrained model's gap is -0\.1000"):
+        make(told, pictures(-0.1, 0.6), pictures(0.2, 0.5), target=-0.5)
+
+
+def test_a_policy_method_holds_the_gap_alone_and_says_so(told):
+    config = AlgorithmConfig(name="dance-grpo", target="auto", at_target="hold")
+    assert not holds_captions(config, Matching(), OTHERS, told.append)
+    assert "captions are not: dance-grpo follows no gradient" in told[0]
 
 
 def test_without_margins_the_gap_alone_is_held(told):
@@ -71,8 +83,10 @@ def test_a_margin_that_is_not_clear_of_chance_cannot_be_held(told, margin):
     """64 pictures with a spread of 0.1: three standard errors are 0.0375."""
     base, asked = pictures(-0.1, margin), pictures(0.2, 0.5)
     assert make(told, base, asked).captions is None
-    assert told[0].startswith("target: held, and captions are not: the caption margin")
-    with pytest.raises(UsageError, match=r"caption margin.*set algorithm\.captions=free"):
+    assert told[0].startswith("target: the gap is held and captions are not: the caption margin")
+    with pytest.raises(
+        UsageError, match=r"algorithm\.captions is hold, and the caption margin.*: set algorithm\.captions=free"
+    ):
         make(told, base, asked, captions="hold")
     assert make(told, pictures(-0.1, 0.04), asked).captions
 
@@ -85,7 +99,7 @@ def test_captions_need_a_reward_that_tells_prompts_apart_and_two_of_them(told, r
     config = AlgorithmConfig(target="auto", at_target="hold")
     assert holds_captions(config, Matching(), OTHERS, told.append) and not told
     assert not holds_captions(config, reward, others, told.append)
-    assert why in told[0] and "set algorithm.captions=free" in told[0]
+    assert why in told[0]
     with pytest.raises(UsageError, match=why):
         holds_captions(config.model_copy(update={"captions": "hold"}), reward, others, told.append)
     assert not holds_captions(config.model_copy(update={"captions": "free"}), reward, others, told.append)

@@ -209,7 +209,7 @@ def test_a_held_target_holds_captions_too_by_what_rollouts_show(tmp_path, tiny, 
         expected = base + min(max((gap - low) / (high - low), 0), 1) * min(asked - base, 0)
         missing = expected - captions["error"] * (0.2 / 1.8) ** 0.5 - mean
         assert row["captions_weight"] == pytest.approx(min(max(missing / (0.1 * base), 0), 1), abs=1e-6)
-        mean = 0.8 * mean + 0.2 * row["captions_margin"]
+        mean = 0.8 * mean + 0.2 * row["held_margin"]
         gap = 0.7 * gap + 0.3 * row["sgp_gap"]
         faded = (states[0]["target"]["value"] - gap) / (states[0]["target"]["value"] - low)
         wanted = min(max(faded, row["captions_weight"], 0.02), 1)
@@ -260,7 +260,7 @@ def test_micro_batches_hold_captions_as_one_batch_does(tmp_path, tiny, srpo):
         assert srpo(*tiny(tmp_path / str(size), *given, steps=6)).exit_code == 0
         records.append([json.loads(line) for line in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()])
     for alone, together in zip(*records, strict=True):
-        for key in ("captions_weight", "captions_margin", "loss", "grad_norm"):
+        for key in ("captions_weight", "held_margin", "loss", "grad_norm"):
             assert alone[key] == pytest.approx(together[key], rel=1e-3, abs=1e-5)
     assert records[0][-1]["captions_weight"] > 0
 
@@ -268,7 +268,7 @@ def test_micro_batches_hold_captions_as_one_batch_does(tmp_path, tiny, srpo):
 def test_captions_are_let_go_where_the_user_says_so(tmp_path, tiny, srpo):
     settings = ["algorithm.target=auto", "algorithm.at_target=hold", "rollout.steps=2", "algorithm.captions=free"]
     assert srpo(*tiny(tmp_path / "run", *(f"--set={setting}" for setting in settings), steps=1)).exit_code == 0
-    assert "captions_margin" not in json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert "held_margin" not in json.loads((tmp_path / "run/metrics.jsonl").read_text())
 
 
 def test_one_prompt_has_no_wrong_caption_to_hold_it_by(tmp_path, tiny, srpo):
@@ -278,7 +278,7 @@ def test_one_prompt_has_no_wrong_caption_to_hold_it_by(tmp_path, tiny, srpo):
     given = [f"--set={setting}" for setting in settings]
     outcome = srpo(*tiny(tmp_path / "a", *given, "--set=algorithm.at_target=hold", steps=1))
     assert outcome.exit_code == 0, outcome.stderr
-    assert "target: held, and captions are not: there is one prompt to train on, so captions" in outcome.stderr
+    assert "target: the gap is held and captions are not: there is one prompt to train on" in outcome.stderr
     outcome = srpo(*tiny(tmp_path / "b", *given, "--set=algorithm.captions=hold", steps=1))
     assert outcome.exit_code == 2
     assert outcome.stderr.splitlines()[-1].endswith("set algorithm.captions=free")
