@@ -259,6 +259,7 @@ RunFolder.log = log_and_die
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_what_its_guard_had_seen(run, tmp_path, processes, tiny, srpo):
     folder = tmp_path / "run"
     process = processes.start(*tiny(folder, *settings(), steps=10), before=KILL)
@@ -317,6 +318,7 @@ def test_the_best_checkpoint_is_put_back_before_it_is_shown(own, processes, tiny
     assert f"step-{best:06d}" in row["weights"]
 
 
+@pytest.mark.slow
 def test_a_guard_that_only_warns_lets_a_collapsing_run_go_on(run):
     folder = run("optimizer.lr=2e-3", "guard.action=warn", steps=30)
     assert json.loads((folder / "summary.json").read_text())["stopped_by"] == "steps"

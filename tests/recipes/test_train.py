@@ -173,6 +173,7 @@ def test_the_target_is_measured_and_stops_the_run(tmp_path, tiny, srpo):
     assert summary_of(tmp_path / "run")["steps"] == summary["steps"], "a target that was reached stays reached"
 
 
+@pytest.mark.slow
 def test_a_target_that_is_held_lets_the_run_go_on_to_its_last_step_and_over_a_resume(tmp_path, tiny, srpo):
     """With a gap that is reached at once the rate falls to its floor, and no step but the last ends the run."""
     settings = ["algorithm.target=auto", "algorithm.target_reach=0.001", "algorithm.at_target=hold", "rollout.steps=2"]
@@ -251,6 +252,7 @@ def test_what_captions_are_held_against_goes_neither_by_the_length_nor_by_the_gu
         assert all(torch.equal(weight, weights[name]) for name, weight in its_weights.items())
 
 
+@pytest.mark.slow
 def test_micro_batches_hold_captions_as_one_batch_does(tmp_path, tiny, srpo):
     """Equal but for the order of sums."""
     settings = ["algorithm.target=auto", "algorithm.at_target=hold", "rollout.steps=2", "optimizer.lr=1e-3"]

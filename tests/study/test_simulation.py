@@ -107,7 +107,7 @@ def test_arms_that_do_not_differ_are_told_apart_in_5_studies_of_100(coverage):
     assert coverage.power > 0.99  # measured 1
 
 
-@pytest.mark.parametrize("prompts", [10, 20])
+@pytest.mark.parametrize("prompts", [10, pytest.param(20, marks=pytest.mark.slow)])
 def test_few_prompts_tell_arms_that_do_not_differ_apart_no_more_often_than_they_say(prompts):
     random, false, held = np.random.default_rng([7, prompts]), [], []
     for study in range(400):
