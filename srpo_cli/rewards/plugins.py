@@ -80,6 +80,10 @@ class PluginReward(Reward):
             raise SrpoError(f"the plug-in {self.name} scored {len(answers)} of {len(texts)} lists of texts")
         return tuple(self._checked(answer, images) for answer in answers)
 
+    def prepare(self, texts: Sequence[str]) -> None:
+        with _blamed_on(self.name, self._file):
+            self.inner.prepare(texts)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.inner.parameters()
 

@@ -27,6 +27,7 @@ from srpo_cli.recipes.parts import load_reward, load_training_reward
 from srpo_cli.registry import REWARDS
 from srpo_cli.rewards.base import Reward
 from srpo_cli.rewards.miniature import load_miniature
+from srpo_cli.rewards.mixed import MixedReward
 from srpo_cli.trust import digest_of, trust
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -119,6 +120,17 @@ def test_a_built_in_reward_behind_a_plugin_scores_and_trains_as_it_is(write, ima
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
     assert sum(1 for _ in mine.parameters()) == sum(1 for _ in built_in.parameters()) > 0
+
+
+def test_a_plugin_is_told_ahead_which_texts_it_will_be_asked_for(write):
+    source = (
+        "from srpo_cli.rewards.miniature import load_miniature\n\n"
+        "def load(name, weights, device, dtype, announce):\n"
+        "    inner = load_miniature()\n    inner.told = []\n    inner.prepare = inner.told.extend\n    return inner\n"
+    )
+    reward = load(write(source))
+    MixedReward([(1.0, reward)]).prepare(["a red cube", "a cone"])
+    assert reward.inner.told == ["a red cube", "a cone"]
 
 
 def test_annotations_that_are_text_work_in_a_plugins_dataclass(write, images):
