@@ -77,21 +77,12 @@ def make_target(config: AlgorithmConfig, base: Tensor, asked: Tensor, rollouts: 
 
 
 def _captions(config: AlgorithmConfig, base: Tensor, asked: Tensor, rollouts: int, warn: Say) -> CaptionMargin | None:
-    margins = base[:, 1]
-    deviation = margins.std().item()
-    try:
-        captions = CaptionMargin(_means(base), _means(asked), deviation / math.sqrt(rollouts))
-    except UsageError as error:
-        _go_without(config, str(error), warn)
-        return None
-    if margins.mean().item() > _CLEAR * deviation / math.sqrt(len(margins)):
-        return captions
-    _go_without(
-        config,
-        f"the caption margin of the untrained model's pictures is {captions.base[1]:.4f}, which {len(margins)} "
-        "pictures do not tell from 0",
-        warn,
-    )
+    known, count = _means(base), len(base)
+    deviation = base[:, 1].std().item()
+    if known[1] > _CLEAR * deviation / math.sqrt(count):
+        return CaptionMargin(known, _means(asked), deviation / math.sqrt(rollouts))
+    margin = f"the caption margin of the untrained model's pictures is {known[1]:.4f}"
+    _go_without(config, f"{margin}, which {count} pictures do not tell from 0", warn)
     return None
 
 
