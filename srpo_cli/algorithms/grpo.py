@@ -197,6 +197,8 @@ class GRPO(Judging):
         clip: the ratio counts within ``1 - clip`` and ``1 + clip``.
         kl: weight of the divergence from the reference, :func:`srpo_cli.core.sde.gaussian_kl`.
         reference_velocity: the velocity of the untrained model, called as the model's own; needed unless ``kl`` is 0.
+        mixed: weights and rewards of which pictures are compared one by one and the advantages added, as DanceGRPO
+            does; none: by ``reward``, which may be a sum itself.
     """
 
     keeps_path = True
@@ -215,6 +217,7 @@ class GRPO(Judging):
         clip: float = 1e-4,
         kl: float = 0.0,
         reference_velocity: ModelVelocity | None = None,
+        mixed: Sequence[tuple[float, Reward]] = (),
         augment: ImageTransform | None = None,
         relative: bool = False,
     ) -> None:
@@ -229,6 +232,7 @@ class GRPO(Judging):
         self.clip = clip
         self.kl = kl
         self.reference_velocity = reference_velocity
+        self.mixed = tuple(mixed)
 
     @torch.no_grad()
     def sample(
@@ -246,9 +250,20 @@ class GRPO(Judging):
 
         return sde_path(velocity, noise, sigmas.to(noise.device), self.sde, generators)
 
+    def judge(self, images: Tensor, prompts: Sequence[str], step: int, *, generator: Generators = None) -> Tensor:
+        """As :meth:`Judging.judge`; of R rewards that are mixed each by itself, (R, B), on the same augmentation."""
+        if not self.mixed:
+            return super().judge(images, prompts, step, generator=generator)
+        images, texts = self._augmented(images, generator), self.texts(prompts, step)
+        return torch.stack([self._trained(reward.scores(images, *texts)) for _, reward in self.mixed])
+
     def advantages(self, rewards: Tensor) -> Tensor:
-        """Of all N pictures of a step, those of a group side by side, (N,); see :func:`advantages`."""
-        return advantages(rewards, self.group, self.over, self.advantage_clip)
+        """Of all N pictures of a step, those of a group side by side, (N,), out of what :meth:`judge` gave of them.
+
+        See :func:`advantages`.
+        """
+        weights = [weight for weight, _ in self.mixed] or None
+        return advantages(rewards, self.group, self.over, self.advantage_clip, weights)
 
     @torch.no_grad()
     def remember(

@@ -349,6 +349,12 @@ class GrpoConfig(Section):
     over: Literal["group", "batch"] | None = Field(
         None, description="what an advantage's standard deviation is of; null: group in dance-grpo, batch in flow-grpo"
     )
+    mix: Literal["advantages", "rewards"] | None = Field(
+        None,
+        description="what is added, by their weights, where reward.others names several rewards: their advantages, so "
+        "that none outweighs another by its scale, or they themselves; null: advantages in dance-grpo, rewards in "
+        "flow-grpo",
+    )
     clip: Number = Field(1e-4, gt=0, description="the ratio counts within 1 - clip and 1 + clip")
     advantage_clip: Number = Field(5.0, gt=0, description="largest advantage, in standard deviations")
     kl: Number = Field(
@@ -373,8 +379,8 @@ POLICY_METHODS = ("dance-grpo", "flow-grpo")
 """Methods that need no gradient of the reward."""
 
 _PUBLISHED = {
-    "dance-grpo": {"noise_level": 0.3, "fraction": 0.6, "order": "random", "over": "group"},
-    "flow-grpo": {"noise_level": 0.7, "fraction": 1.0, "order": "first", "over": "batch"},
+    "dance-grpo": {"noise_level": 0.3, "fraction": 0.6, "order": "random", "over": "group", "mix": "advantages"},
+    "flow-grpo": {"noise_level": 0.7, "fraction": 1.0, "order": "first", "over": "batch", "mix": "rewards"},
 }
 
 PATH_METHODS = ("refl", "draft", "alignprop", *POLICY_METHODS)

@@ -23,6 +23,7 @@ from srpo_cli.models.flux import Flux
 from srpo_cli.registry import ALGORITHMS
 from srpo_cli.rewards.augment import Augment
 from srpo_cli.rewards.base import Reward
+from srpo_cli.rewards.mixed import MixedReward
 
 M = TypeVar("M", bound=Judging)
 
@@ -127,7 +128,8 @@ def flow_grpo(given: Given) -> Method:
 
 
 def _grpo(given: Given, kind: Literal["dance", "flow"]) -> Method:
-    config = given.config.algorithm.policy
+    config, reward = given.config.algorithm.policy, given.reward
+    apart = config.mix == "advantages" and isinstance(reward, MixedReward) and len(reward.parts) > 1
     algorithm = given.judging(
         GRPO,
         sde=sde_step(kind, config.noise_level),
@@ -137,6 +139,7 @@ def _grpo(given: Given, kind: Literal["dance", "flow"]) -> Method:
         clip=config.clip,
         kl=config.kl,
         reference_velocity=given.model.untrained_velocity if config.kl else None,
+        mixed=reward.parts if apart else (),
         relative=given.config.algorithm.relative,
     )
     return Method(algorithm, StepDraws(given.config.rollout.steps, config.fraction, config.order))

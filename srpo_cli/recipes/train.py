@@ -767,10 +767,10 @@ class Run:
             draws = self._generators("augmentation", numbers)
             rewards.append(self.policy.judge(images, rollout.prompts, self.step + 1, generator=draws))
         self.ledger.reward_calls += self.batch
-        own = torch.cat(rewards)
+        own = torch.cat(rewards, -1)
         shares = self.ranks.gather(own.cpu())
-        first = sum(map(len, shares[: self.ranks.rank]))
-        advantages = self.policy.advantages(torch.cat(shares))[first : first + len(own)].to(own)
+        first = sum(share.shape[-1] for share in shares[: self.ranks.rank])
+        advantages = self.policy.advantages(torch.cat(shares, -1))[first : first + own.shape[-1]].to(own)
         sizes = [len(rollout.prompts) for rollout in self.rollouts]
         parts = advantages.split(sizes)
         self.rollouts = [replace(rollout, advantages=part) for rollout, part in zip(self.rollouts, parts, strict=True)]

@@ -380,6 +380,32 @@ def test_several_rewards_count_by_their_weights_whatever_their_scales() -> None:
     torch.testing.assert_close(clipped, (0.7 * advantages(one, 4) + 1.4 * advantages(other, 4)).clamp(-1, 1))
 
 
+class Louder:
+    """Another reward in larger units: the least of the colour that a text begins with."""
+
+    def scores(self, images: Tensor, *texts: Sequence[str]) -> tuple[Tensor, ...]:
+        least = 100 * images.amin((-2, -1))
+        return tuple(least[:, CHANNELS.get(column[0].split(".")[0], 0)] for column in texts)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_mixed_rewards_are_asked_what_one_is_and_their_advantages_added(relative: bool) -> None:
+    images, prompts = torch.rand(4, 3, *SIZE, generator=seeded()), ["a wall"] * 4
+    parts = [(0.7, MostlyColour()), (-1.4, Louder())]
+    alone = [make_grpo(group=4, relative=relative, mixed=[(1, reward)]) for _, reward in parts]
+    one, other = (grpo.judge(images, prompts, 1) for grpo in alone)
+    texts = [["red. a wall"] * 4, ["blue. a wall"] * 4] if relative else [prompts]
+    asked = [torch.stack(reward.scores(images, *texts)) for _, reward in parts]
+    expected = [each[0] - each[1] if relative else each[0] for each in asked]
+    torch.testing.assert_close(torch.cat([one, other]), torch.stack(expected))
+
+    mixed = make_grpo(group=4, relative=relative, mixed=parts)
+    judged = mixed.judge(images, prompts, 1)
+    torch.testing.assert_close(judged, torch.cat([one, other]))
+    by_hand = 0.7 * advantages(one[0], 4) - 1.4 * advantages(other[0], 4)
+    torch.testing.assert_close(mixed.advantages(judged), by_hand)
+
+
 @pytest.mark.parametrize(("count", "group"), [(7, 3), (4, 1), (2, 4)])
 def test_groups_that_cannot_be_are_refused(count: int, group: int) -> None:
     with pytest.raises(UsageError, match=r"at least 2|train\.batch_size"):

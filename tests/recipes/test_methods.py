@@ -256,6 +256,24 @@ def test_pictures_are_compared_within_their_group_by_what_the_reward_said_of_the
         torch.testing.assert_close(advantages.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("variant", "mix"),
+    [("dance-grpo", "null"), pytest.param("flow-grpo", "null", marks=pytest.mark.slow), ("dance-grpo", "rewards")],
+)
+def test_of_two_rewards_advantages_are_added_in_dance_grpo_and_rewards_in_flow_grpo(variant, mix, run):
+    """What is said of two rewards apart is told from what is said of their sum by its first dimension."""
+    settings = ('reward.others={"miniature:clip": -0.5}', "reward.weight=2", f"algorithm.grpo.mix={mix}")
+    seen = seen_by(run(variant, *settings, steps=1))
+    judged, given = torch.cat(seen["judged"], -1).double(), torch.cat([rollout[-1] for rollout in seen["rollouts"]])
+    apart = variant == "dance-grpo" and mix == "null"
+    assert judged.shape == ((2, 4) if apart else (4,))
+    over = (-2, -1) if variant == "flow-grpo" else -1
+    grouped = judged.unflatten(-1, (2, 2))
+    normal = (grouped - grouped.mean(-1, keepdim=True)) / grouped.std(over, keepdim=True)
+    expected = (2 * normal[0] - 0.5 * normal[1] if apart else normal).flatten()
+    torch.testing.assert_close(given.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_updates_once_for_all_of_a_rollout_never_leave_the_policy_that_made_it(run):
     passes = seen_by(run("dance-grpo", "algorithm.update=rollout"))["passes"]
     assert [each["lot"] for each in passes] == [0, 1, 0, 1]
