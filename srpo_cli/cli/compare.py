@@ -102,9 +102,9 @@ def compare(
 
         typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
     else:
-        for number, (title, rows) in enumerate(tables(data)):
-            typer.echo(f"{chr(10) if number else ''}{title}")
-            print_rows(rows, output_format)
+        for number, part in enumerate(tables(data)):
+            typer.echo(f"{chr(10) if number else ''}{part.title}")
+            print_rows(part.rows, output_format)
     for name in (PAGE, GRID, COMPARISON):
         note(f"written: {folder / name}")
     if ended.failed:

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean, stdev
 
-from scipy.special import stdtrit
+from scipy.optimize import brentq
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from srpo_cli.metrics.intervals import Interval
 
 FEWEST_SEEDS = 3
 """From so many seeds an interval is of other seeds, too."""
+
+_LEAST_LOG_TAIL = -600.0  # of a p value; what is less is 0
 
 
 def over_seeds(figures: Sequence[Interval], least: float = -math.inf, most: float = math.inf) -> Interval:
@@ -23,13 +26,39 @@ def over_seeds(figures: Sequence[Interval], least: float = -math.inf, most: floa
     by Student's t, and the mean one over prompts, which more seeds do not make smaller since all draw the same prompts.
     Of one or two seeds it is the latter alone. The ends stay within ``least`` and ``most``, those of the scale.
     """
-    means = [figure.mean for figure in figures]
-    mean, between = fmean(means), 0.0
-    if len(means) >= FEWEST_SEEDS:
-        between = float(stdtrit(len(means) - 1, 0.975)) * stdev(means) / math.sqrt(len(means))
+    mean, between = fmean(figure.mean for figure in figures), 0.0
+    if len(figures) >= FEWEST_SEEDS:
+        between = float(stdtrit(len(figures) - 1, 0.975)) * _error_between(figures)
     below = math.hypot(between, fmean(figure.mean - figure.low for figure in figures))
     above = math.hypot(between, fmean(figure.high - figure.mean for figure in figures))
     return Interval(mean, max(mean - below, least), min(mean + above, most))
+
+
+def p_over_seeds(figures: Sequence[Interval]) -> float:
+    """Two-sided p of a difference from 0, given as by :func:`over_seeds` of three or more seeds.
+
+    One minus the level of the interval that ends at 0: its parts are the same, Student's t over seeds and the normal
+    distribution over prompts.
+    """
+    mean, between = fmean(figure.mean for figure in figures), _error_between(figures)
+    towards_0 = fmean(figure.mean - figure.low if mean > 0 else figure.high - figure.mean for figure in figures)
+    within = towards_0 / float(ndtri(0.975))
+    if mean == 0:
+        return 1.0
+
+    def beyond_0(log_tail: float) -> float:
+        tail = math.exp(log_tail)
+        reach = math.hypot(stdtrit(len(figures) - 1, tail) * between, ndtri(tail) * within)
+        return reach - abs(mean)
+
+    if beyond_0(_LEAST_LOG_TAIL) < 0:
+        return 0.0
+    return 2 * math.exp(brentq(beyond_0, _LEAST_LOG_TAIL, math.log(0.5)))
+
+
+def _error_between(figures: Sequence[Interval]) -> float:
+    """Standard error of the mean over seeds."""
+    return stdev(figure.mean for figure in figures) / math.sqrt(len(figures))
 
 
 def farthest(distances: Tensor) -> Tensor:

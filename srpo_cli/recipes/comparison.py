@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,9 @@ from torch import Tensor
 from srpo_cli import __version__
 from srpo_cli.config.comparison import BASE
 from srpo_cli.errors import SrpoError
-from srpo_cli.metrics.aggregate import ALL, Measure, is_share, mean_absolute
-from srpo_cli.metrics.comparison import FEWEST_SEEDS, cost_at, farthest, over_seeds, ratio_over_seeds
-from srpo_cli.metrics.intervals import DRAWS, Interval, interval, rate_interval, resample
+from srpo_cli.metrics.aggregate import ALL, LEVEL, Measure, is_share, mean_absolute
+from srpo_cli.metrics.comparison import FEWEST_SEEDS, cost_at, farthest, over_seeds, p_over_seeds, ratio_over_seeds
+from srpo_cli.metrics.intervals import DRAWS, Interval, holm, interval, rate_interval, resample
 from srpo_cli.pages.writing import NONE, number
 from srpo_cli.recipes.compare import GRADIENT_PASS, Cell, Table
 from srpo_cli.recipes.results import TABLE, Result, as_measure, markdown, markdown_table, read_result, shown
@@ -34,6 +34,7 @@ UNITS = {"passes": "forwards", "cpu_seconds": "CPU seconds"}
 """What costs are told in."""
 
 _DIGITS = 3  # in tables, whose columns are many and whose intervals are wider than more would tell
+_STAR = "a star: Holm-corrected p below 0.05"
 _SHOWN = 8  # prompts in the picture grid
 _COSTS = {
     "steps": "steps",
@@ -133,10 +134,12 @@ def differences(
     """What sets each method of a table apart from ``reference``, or its first one where that is none of them.
 
     Runs of a seed share their prompts and noises, and so does what measures them: told seed by seed and prompt by
-    prompt, with intervals for other seeds and prompts, from three seeds on. They are not corrected for their number.
+    prompt, with intervals for other seeds and prompts, from three seeds on. P values are corrected by Holm's rule in
+    two families, as a benchmark's are: of what has a better side, and of what has none.
     """
     reference = reference if reference in labels else labels[0]
     found: dict[str, dict[str, Any]] = {}
+    p: dict[tuple[str, str], float] = {}
     for label in labels:
         there = [
             (result.table, f"{label}.{seed}", f"{reference}.{seed}")
@@ -144,8 +147,14 @@ def differences(
             if {f"{label}.{seed}", f"{reference}.{seed}"} <= set(result.table["model"])
         ]
         if label != reference and len(there) >= FEWEST_SEEDS:
-            own = {each.name: over_seeds([_difference(each, *seed) for seed in there])._asdict() for each in measures}
-            found[label] = {"against": reference, **own}
+            seeds = {each.name: [_difference(each, *seed) for seed in there] for each in measures}
+            p |= {(label, name): p_over_seeds(own) for name, own in seeds.items()}
+            found[label] = {"against": reference, **{name: over_seeds(own)._asdict() for name, own in seeds.items()}}
+    for has_better_side in (True, False):
+        names = [each.name for each in measures if bool(each.better) == has_better_side]
+        family = [(label, name) for label in found for name in names]
+        for (label, name), corrected in zip(family, holm([p[test] for test in family]), strict=True):
+            found[label][name] |= {"p": p[label, name], "p_holm": corrected}
     return found
 
 
@@ -337,11 +346,17 @@ def figure_rows(data: Mapping[str, Any], group: str) -> list[dict[str, str]]:
 
 
 def difference_rows(data: Mapping[str, Any], group: str) -> list[dict[str, str]]:
-    """A row a method with its differences from the group's reference, over seeds; empty where seeds are too few."""
+    """A row a method with its differences from the group's reference, over seeds; empty where seeds are too few.
+
+    A star: Holm-corrected p below 0.05.
+    """
     rows = []
     for label, own in data["differences"][group].items():
         measures = {each["title"]: (own[each["name"]], min(each["digits"], _DIGITS)) for each in data["measures"]}
-        cells = {title: shown(figure, digits, sign=True) for title, (figure, digits) in measures.items()}
+        cells = {
+            title: shown(figure, digits, sign=True) + " *" * (figure["p_holm"] < LEVEL)
+            for title, (figure, digits) in measures.items()
+        }
         rows.append({"method": label, "minus": own["against"], **cells})
     return rows
 
@@ -403,17 +418,43 @@ def tuning_rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def tables(data: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """Everything that was compared as tables, each with its title."""
+def unbracketed(data: Mapping[str, Any]) -> list[str]:
+    """The methods whose rate is the lowest or highest that was tried."""
+    ladders: dict[str, list[bool]] = {}
+    for trial in data["tuning"]:
+        ladders.setdefault(trial["label"], []).append(trial["chosen"])
+    return [markdown(label) for label, chosen in ladders.items() if chosen[0] or chosen[-1]]
+
+
+class Part(NamedTuple):
+    """A table of the comparison: its title where it stands alone, and on the page what leads to it."""
+
+    title: str
+    lead: str
+    rows: list[dict[str, str]]
+
+
+def tables(data: Mapping[str, Any]) -> Iterator[Part]:
+    """Everything that was compared."""
     for group in data["groups"]:
-        yield group, figure_rows(data, group)
+        yield Part(group, f"## {markdown(group)}", figure_rows(data, group))
         if rows := difference_rows(data, group):
-            yield f"{group}: differences seed by seed, uncorrected", rows
-        yield f"{group}: what a run cost", cost_rows(data, group)
+            title = f"{group}: differences seed by seed [95 % interval, uncorrected]; {_STAR}"
+            lead = "Differences seed by seed [95 % interval for other seeds and prompts, uncorrected]"
+            families = "among all of the table that have a better side, or those that have none"
+            yield Part(title, f"{lead}; {_STAR}, {families}:", rows)
+        yield Part(f"{group}: what a run cost", "What a run cost:", cost_rows(data, group))
     if data["costs"]:
         rate = data["comparison"]["rate"].replace("_", " ")
+        lead = (
+            f"## Cost of a {markdown(rate)}\n\nWhere a run first comes up to it, between its checkpoints by a straight "
+            "line, mean over seeds, with what it took to measure a target; then how many times what "
+            f"{markdown(data['comparison']['reference'])} takes from the same seed, geometric mean [95 % interval for "
+            f"other seeds]. The untrained model has {data['costs']['base']:.3f}.\n\n"
+        )
         for unit, title in UNITS.items():
-            yield f"{title} for a {rate}", level_rows(data, unit)
+            yield Part(f"{title} for a {rate}", f"{lead}In {title}:", level_rows(data, unit))
+            lead = ""
 
 
 def write(table: Table, data: Mapping[str, Any]) -> None:
@@ -437,26 +478,9 @@ def _page(data: Mapping[str, Any]) -> Iterator[str]:
         "prompts of which a method's picture is the one farthest from photographs among those of the table; worse than "
         "base: that is farther than the base's."
     )
-    for group in data["groups"]:
-        yield f"## {markdown(group)}"
-        yield markdown_table(figure_rows(data, group))
-        if rows := difference_rows(data, group):
-            yield "Differences seed by seed, uncorrected for their number [95 % interval for other seeds and prompts]:"
-            yield markdown_table(rows)
-        yield "What a run cost:"
-        yield markdown_table(cost_rows(data, group))
-    if data["costs"]:
-        yield f"## Cost of a {markdown(comparison['rate'].replace('_', ' '))}"
-        reference = markdown(comparison["reference"])
-        base = data["costs"]["base"]
-        yield (
-            "Where a run first comes up to it, between its checkpoints by a straight line, mean over seeds, with what "
-            f"it took to measure a target; then how many times what {reference} takes from the same seed, geometric "
-            f"mean [95 % interval for other seeds]. The untrained model has {base:.3f}."
-        )
-        for unit, title in UNITS.items():
-            yield f"In {title}:"
-            yield markdown_table(level_rows(data, unit))
+    for part in tables(data):
+        yield part.lead
+        yield markdown_table(part.rows)
     if data["tuning"]:
         yield "## Learning rates"
         yield (
@@ -464,6 +488,8 @@ def _page(data: Mapping[str, Any]) -> Iterator[str]:
             f"{comparison['tuning_prompts']} prompts of the validation split; a star: taken."
         )
         yield markdown_table(tuning_rows(data))
+        if ends := unbracketed(data):
+            yield f"At an end of what was tried, beyond which better ones may lie: {', '.join(ends)}."
     yield "## Settings"
     yield markdown_table(_setting_rows(data))
     if data["failed"]:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from scipy.stats import norm, ttest_1samp
 
-from srpo_cli.metrics.comparison import cost_at, farthest, over_seeds
+from srpo_cli.metrics.comparison import cost_at, farthest, over_seeds, p_over_seeds
 from srpo_cli.metrics.intervals import Interval
 
 
@@ -28,6 +29,28 @@ def test_two_seeds_say_nothing_of_others():
 def test_an_interval_stays_on_its_scale():
     found = over_seeds([Interval(mean, mean, mean) for mean in (0.0, 0.5, 1.0)], 0, 1)
     assert found == (0.5, 0, 1)
+
+
+def test_p_is_one_minus_the_level_of_the_interval_that_ends_at_0():
+    """A difference whose 95 % interval ends at 0 has p 0.05, on either side and with unequal ends."""
+    figures = [Interval(mean, mean - 0.03, mean + 0.04) for mean in (-0.1, 0.0, 0.1)]
+    below, above = (abs(end) for end in over_seeds(figures)[1:])
+    for shift in (below, -above):
+        moved = [Interval(*(value + shift for value in figure)) for figure in figures]
+        assert p_over_seeds(moved) == pytest.approx(0.05, rel=1e-6)
+
+
+def test_p_is_that_of_students_t_where_prompts_add_nothing_and_normal_where_seeds_agree():
+    values = [0.8, 1.3, 1.1, 0.2]
+    exact = ttest_1samp(values, 0).pvalue
+    assert p_over_seeds([Interval(value, value, value) for value in values]) == pytest.approx(exact)
+    assert p_over_seeds([Interval(-0.3, -0.3 - 0.196, -0.3 + 0.196)] * 3) == pytest.approx(2 * norm.sf(3), rel=1e-3)
+
+
+def test_no_difference_has_p_1_and_one_without_error_0():
+    assert p_over_seeds([Interval(0, -0.1, 0.1)] * 3) == p_over_seeds([Interval(0, 0, 0)] * 3) == 1
+    assert p_over_seeds([Interval(1, 1, 1)] * 3) == 0
+    assert p_over_seeds([Interval(1e6, 1e6 - 1, 1e6 + 1)] * 3) == 0
 
 
 def test_the_farthest_by_hand():

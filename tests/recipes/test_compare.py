@@ -26,12 +26,14 @@ from srpo_cli.recipes.comparison import (
     _hacking,
     _ratios,
     cost_rows,
+    difference_rows,
     differences,
     figure_rows,
     level_rows,
     passes,
     summarise,
     tuning_rows,
+    unbracketed,
 )
 from srpo_cli.recipes.results import Result
 from srpo_cli.runtime.checkpoints import list_checkpoints
@@ -575,6 +577,33 @@ def test_differences_that_prompts_do_not_share_are_less_sure():
     results = of_seeds(srpo=lambda _: [0, 0, 0, 0], refl=lambda _: [0, 1, 2, 5])
     told = differences(["srpo", "refl"], "srpo", results, REWARD)["refl"]["reward"]
     assert told["mean"] == 2 and told["low"] < 1 < 3 < told["high"]
+
+
+def test_p_values_are_corrected_in_a_family_of_what_has_a_better_side_and_one_of_the_rest():
+    results = of_seeds(
+        srpo=lambda seed: [seed, 2, 3, 9],
+        near=lambda seed: [seed + 0.4, 2.3, 3.5, 9.4],
+        far=lambda seed: [seed + 4 + seed, 6 + seed, 7 + seed, 13 + seed],
+    )
+    measures = [*REWARD, Measure("double", "double", ("reward",)), Measure("grain", "grain", ("reward",), better="")]
+    found = differences(["srpo", "near", "far"], "srpo", results, measures)
+    near, far = found["near"], found["far"]
+    assert near["reward"]["p"] == near["grain"]["p"] < far["reward"]["p"] == far["grain"]["p"] < 0.05
+    assert [near[name]["p_holm"] for name in ("reward", "double")] == [4 * near["reward"]["p"]] * 2
+    assert [far[name]["p_holm"] for name in ("reward", "double")] == [2 * far["reward"]["p"]] * 2
+    assert (near["grain"]["p_holm"], far["grain"]["p_holm"]) == (2 * near["grain"]["p"], far["grain"]["p"])
+
+    data = {"differences": {"all": found}, "measures": [{"name": "reward", "title": "reward", "digits": 3}]}
+    assert [row["reward"].endswith(" *") for row in difference_rows(data, "all")] == [
+        True,
+        2 * far["reward"]["p"] < 0.05,
+    ]
+
+
+def test_a_rate_at_an_end_of_its_ladder_is_named():
+    trials = {"low": (1, 0, 0), "inside": (0, 1, 0), "high": (0, 0, 1), "none": (0, 0)}
+    data = {"tuning": [{"label": label, "chosen": bool(each)} for label, own in trials.items() for each in own]}
+    assert unbracketed(data) == ["low", "high"]
 
 
 def test_two_seeds_tell_no_difference():
