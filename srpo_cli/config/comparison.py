@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from srpo_cli.config import dialect
 from srpo_cli.config.document import Keys, read_keys
@@ -44,11 +44,12 @@ class Tuning(Section):
         better = self.better or ("lower" if self.by == "photo_distance" else "higher")
         return figure if better == "higher" else -figure
 
-    @model_validator(mode="after")
-    def _rising(self) -> Tuning:
-        if list(self.lr) != sorted(set(self.lr)):
-            raise ValueError(f"tuning.lr is {dialect.inline(list(self.lr))}: should rise, each rate once")
-        return self
+    @field_validator("lr")
+    @classmethod
+    def _rising(cls, lr: tuple[float, ...]) -> tuple[float, ...]:
+        if list(lr) != sorted(set(lr)):
+            raise ValueError("should rise, each rate once")
+        return lr
 
 
 class Method(Section):
@@ -182,6 +183,7 @@ class Comparison(Section):
                 overrides=[*method.overrides, *overrides],
                 flags={"model.name": self.model, **(flags or {})},
                 miniature=self.model == MINIATURE,
+                overrides_from="its set",
             )
         except UsageError as error:
             raise UsageError(f"method {label} of comparison {self.name}: {error}") from error

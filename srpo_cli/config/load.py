@@ -99,6 +99,7 @@ def load_train_config(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
     miniature: bool = False,
+    overrides_from: str = "--set",
 ) -> Resolved:
     """Resolve a training configuration; any mistake is a one-line ``UsageError``.
 
@@ -111,11 +112,12 @@ def load_train_config(
         overrides: "dotted.key=value" with the value in YAML, as given to ``--set``.
         flags: values by dotted key; None means that the flag was not given.
         miniature: the run happens on the built-in miniature.
+        overrides_from: where messages say that ``overrides`` are from.
     """
     name, variant_in_name = split_variant(preset)
     layers = [
         *_preset_layers(read_preset(name), variant or variant_in_name, miniature),
-        *(("--set", _parse_override(override)) for override in overrides),
+        *((overrides_from, _parse_override(override, overrides_from)) for override in overrides),
         *(
             (_flag(key), _flatten({key: value}, _flag(key)))
             for key, value in (flags or {}).items()
@@ -209,7 +211,7 @@ SECTIONS = [key for key, text in _walk(TrainConfig) if text is None]
 # Reading layers
 
 
-def _parse_override(override: str) -> Leaves:
+def _parse_override(override: str, origin: str) -> Leaves:
     key, equals, text = override.partition("=")
     if not equals:
         raise UsageError(f"--set takes key=value, not {override!r}; for instance --set train.steps=10.")
@@ -219,7 +221,7 @@ def _parse_override(override: str) -> Leaves:
         if text == "-"
         else dialect.parse(text, f"--set {key} (quote text with braces or colons): the value {text}")
     )
-    return _flatten({key.strip(): value}, "--set")
+    return _flatten({key.strip(): value}, origin)
 
 
 def _read_layer(content: dict[Any, Any], origin: str) -> Layer:

@@ -30,8 +30,8 @@ from srpo_cli.errors import SrpoError, UsageError
 from srpo_cli.recipes.evaluate import SUMMARY_KEYS
 from srpo_cli.recipes.judges import plan_judges
 from srpo_cli.recipes.plan import count
-from srpo_cli.recipes.results import RESULTS, read_result
-from srpo_cli.recipes.resume import digest
+from srpo_cli.recipes.results import RESULTS, read_result, settings_that_differ
+from srpo_cli.recipes.resume import FREE
 from srpo_cli.runtime.checkpoints import list_checkpoints
 from srpo_cli.runtime.folder import CONFIG, SUMMARY, disk_errors, locked
 from srpo_cli.runtime.plan import Counts, choose, this_machine
@@ -118,10 +118,11 @@ class Cell:
             found = load_train_config(file).config
         except UsageError as error:
             raise UsageError(f"{error} Remove {self.folder}, and it is trained again.") from error
-        if _what_counts(found) != _what_counts(self.resolved.config):
+        other = next(settings_that_differ(_what_counts(found), _what_counts(self.resolved.config)), None)
+        if other:
             raise UsageError(
-                f"{self.folder} was trained with other settings than {self.label} has now: choose another --output, or "
-                "remove that folder"
+                f"{self.folder} was trained with other settings than {self.label} has now ({other}): choose another "
+                "--output, or remove that folder"
             )
 
     def job(self, logs: Path) -> Job:
@@ -131,9 +132,11 @@ class Cell:
         return Job(self.name, ["train", *arguments, "--quiet"], logs / f"{'-'.join(self.folder.parts[-3:])}.log")
 
 
-def _what_counts(config: TrainConfig) -> tuple[Any, ...]:
+def _what_counts(config: TrainConfig) -> dict[str, Any]:
     """All of a run's settings but how often it is saved and shown."""
-    return digest(config), config.train.steps, config.evaluation
+    settings = config.model_dump(mode="json", exclude=FREE)
+    settings["train"]["steps"] = config.train.steps
+    return {**settings, "evaluation": config.evaluation.model_dump(mode="json")}
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def _check_protocols(results: Sequence[Result], allow_different: bool) -> list[s
     first, *others = results
     found: list[str] = []
     for other in others:
-        differences = list(_differences(first.data["protocol"], other.data["protocol"]))
+        differences = list(settings_that_differ(first.data["protocol"], other.data["protocol"]))
         if differences and not allow_different:
             more = f" and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
             raise UsageError(
@@ -295,11 +295,11 @@ def _check_protocols(results: Sequence[Result], allow_different: bool) -> list[s
     return list(dict.fromkeys(found))
 
 
-def _differences(one: Any, other: Any, key: str = "") -> Iterator[str]:
-    """In what two protocols differ, with both values, by dotted keys in the first one's order."""
+def settings_that_differ(one: Any, other: Any, key: str = "") -> Iterator[str]:
+    """In what two protocols or configurations differ, with both values, by dotted keys in the first one's order."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in [*one, *(name for name in other if name not in one)]:
-            yield from _differences(one.get(name), other.get(name), f"{key}.{name}" if key else name)
+            yield from settings_that_differ(one.get(name), other.get(name), f"{key}.{name}" if key else name)
     elif one != other:
         yield f"{key} is {_brief(one)} and {_brief(other)}"
 

@@ -70,15 +70,18 @@ def check_layout(checkpoint: Checkpoint, state: dict[str, Any], layout: str) -> 
         )
 
 
+FREE = {
+    "description": True,
+    "train": {"steps"},
+    "memory": {"plan", "micro_batch", "shard"},
+    "prompts": {"cache"},
+    "evaluation": True,
+    "samples": True,
+    "checkpoint": True,
+}
+"""What no step depends on: how long a run is, what it writes and where it keeps it."""
+
+
 def digest(config: TrainConfig) -> str:
-    """Digest of all that a step depends on; how long a run is, what it writes and where it keeps it is not among it."""
-    free = {
-        "description": True,
-        "train": {"steps"},
-        "memory": {"plan", "micro_batch", "shard"},
-        "prompts": {"cache"},
-        "evaluation": True,
-        "samples": True,
-        "checkpoint": True,
-    }
-    return config_digest(config.model_dump_json(exclude=free))
+    """Digest of all that a step depends on."""
+    return config_digest(config.model_dump_json(exclude=FREE))

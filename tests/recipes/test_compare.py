@@ -404,7 +404,10 @@ def refused(table: Table, kind: type[SrpoError] = UsageError) -> str:
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (lambda text: text.replace("batch_size: 2", "batch_size: 3"), ["with other settings", "another --output"]),
+        (
+            lambda text: text.replace("batch_size: 2", "batch_size: 3"),
+            ["with other settings", "train.batch_size is 2 and 3", "another --output"],
+        ),
         (lambda text: text[:40] + "\n: [", ["is not YAML", "Remove"]),
     ],
 )
