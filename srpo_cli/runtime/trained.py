@@ -169,9 +169,11 @@ class Shards(Trained):
     def accumulate(self, last: bool) -> None:
         # Gradients are scattered in every pass: whole float32 ones, kept for the last, would be 48 GB of FLUX.1-dev.
         self.root.set_requires_all_reduce(last)
-        self.root.set_reshard_after_backward(last)
+        # Where several calls make one graph the first of them is gone back through last, and needs its weights still.
+        self.root.set_reshard_after_backward(False)
 
     def average(self, ranks: Ranks, values: Tensor) -> Tensor:
+        self.release()
         return ranks.average([], values)  # the gradients were averaged while they were scattered
 
     def clip(self, limit: float | None) -> Tensor:
@@ -239,7 +241,7 @@ def shard(
     """Spread a model over ``mesh``, a unit for each block and one for what is left.
 
     Weights travel in ``dtype`` (None: as they are), gradients are reduced in float32. What a forward gathered stays
-    until the backward of an update: one gather of each unit an optimizer step, and one reduce-scatter a pass.
+    until the update: one gather of each unit an optimizer step, and one reduce-scatter for each call in a pass.
 
     Args:
         root: on the meta device; afterwards each rank has its shards on ``device``, float32.
