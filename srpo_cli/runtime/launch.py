@@ -235,7 +235,9 @@ class Launch:
             parser = get_args_parser()
             known = "--shutdown-timeout" in parser.format_help()  # torch 2.11 does not have it
             patience = ["--shutdown-timeout", str(_FAREWELL)] if known else []
-            parsed = parser.parse_args([*patience, *self.torchrun()])
+            # Else torchrun leaves a folder for logs, which nothing is written to, in the temporary one each time.
+            logs = [] if "PET_LOG_DIR" in os.environ else ["--log-dir", str(told.parent)]
+            parsed = parser.parse_args([*patience, *logs, *self.torchrun()])
             # Past the parser, which would look for its own options in them; torchrun takes each for a template.
             parsed.training_script_args = [argument.replace("$", "$$") for argument in arguments]
             try:

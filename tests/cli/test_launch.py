@@ -26,6 +26,8 @@ TRAIN = ("train", "--preset", "realism", "--model", "miniature", *(f"--set={item
 def start(*arguments, folder: Path) -> subprocess.Popen:
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    temporary = folder / "temporary"
+    temporary.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-m", "srpo_cli", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
@@ -33,7 +35,7 @@ def start(*arguments, folder: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env={**environment, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
         # A test run that a shell put into the background ignores Ctrl-C, and its children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -90,6 +92,8 @@ def test_two_processes_train_and_one_talks(tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert stderr.count(f"run: runs/{folder.name}") == 1
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+    left = {path.name for path in (tmp_path / "temporary").iterdir()}
+    assert not [name for name in left if name.startswith(("torchelastic", "srpo"))]
 
 
 @pytest.mark.slow

@@ -281,6 +281,8 @@ def test_serving_prints_one_link_each_and_answers_on_this_machine_only(rate):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run that a shell put into the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = [process.stdout.readline() for _ in range(4)]
     links = [re.search(r"http://127\.0\.0\.1:(\d+)/r/[\w-]{32}/", line) for line in lines[1:]]
