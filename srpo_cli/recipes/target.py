@@ -67,6 +67,11 @@ def make_target(config: AlgorithmConfig, base: Tensor, asked: Tensor, rollouts: 
         )
     hold = " and hold it there" if config.at_target == "hold" else ""
     say(f"target: semantic gap {known} to {target.value:+.3f}{hold}")
+    if not config.compares_words:
+        warn(
+            f"target: {config.name} raises the plain reward, which need not lead to a gap between words: set "
+            "algorithm.relative=true, or algorithm.target=null and count steps"
+        )
     if captions:
         now, then = captions.base[1], captions.asked[1]
         say(

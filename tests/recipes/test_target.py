@@ -73,6 +73,12 @@ def test_a_policy_method_holds_the_gap_alone_and_says_so(told):
     assert "captions are not: dance-grpo follows no gradient" in told[0]
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_plain_reward_is_told_that_it_need_not_come_near_a_gap(told, relative):
+    make(told, pictures(-0.1, 0.6)[:, :1], pictures(0.2, 0.5)[:, :1], name="refl", relative=relative)
+    assert [line for line in told if "raises the plain reward" in line] == told[1:] and len(told) == 2 - relative
+
+
 def test_without_margins_the_gap_alone_is_held(told):
     target = make(told, pictures(-0.1, 0.6)[:, :1], pictures(0.2, 0.5)[:, :1])
     assert target.captions is None and target.value == pytest.approx(0.305)
