@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srpo_cli.algorithms.base import ControlWords, Rollout
+from srpo_cli.algorithms.base import Rollout
 from srpo_cli.algorithms.judging import Captions
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
@@ -34,7 +34,7 @@ from srpo_cli.pages.training import write_training_report
 from srpo_cli.recipes.drawing import Drawing
 from srpo_cli.recipes.encodings import EncodedPictures, EncodedPrompts, cache_folder
 from srpo_cli.recipes.figures import GAP, OtherPrompts
-from srpo_cli.recipes.guard import CALIBRATION, PANEL_PROMPTS, make_guard
+from srpo_cli.recipes.guard import PANEL_PROMPTS, make_guard
 from srpo_cli.recipes.guard import Plan as GuardPlan
 from srpo_cli.recipes.parts import (
     Parts,
@@ -51,6 +51,7 @@ from srpo_cli.recipes.placement import hold, prepare_model
 from srpo_cli.recipes.plan import plan_run
 from srpo_cli.recipes.report import BASE, BEFORE_AFTER, TUNED, Report
 from srpo_cli.recipes.resume import Resumed, check_layout, digest, resume_from
+from srpo_cli.recipes.run_prompts import RunPrompts
 from srpo_cli.recipes.target import WRONG_CAPTIONS, holds_captions, make_target
 from srpo_cli.runtime.average import WeightAverage
 from srpo_cli.runtime.checkpoints import (
@@ -199,11 +200,12 @@ class Run:
             room = self.plan.machine.memory / GIB
             say(f"memory plan: {self.plan.name}, {self.plan.total_gib:.1f} of {room:.1f} GiB ({self.plan.why})")
         self.guard_plan = self._plan_guard(checkpoint)
-        self.prompts = self._load_prompts(announce)
+        prompts = self._load_prompts(announce)
+        self.pictures = self._open_pictures(prompts.train)
+        self.prompts = RunPrompts(config, prompts, self.pictures, self.batch, self.guard_plan.calibration)
         if len(self.prompts.held_out) < config.evaluation.prompts:
             asked = config.evaluation.prompts
             say(f"{len(self.prompts.held_out)} of {asked} prompts to measure by: of a file every eighth is held out")
-        self.pictures = self._open_pictures()
         if config.model.name == "miniature" and self.device.type == "cpu":
             # Its matrices are too small for a second thread to pay, and last bits must not depend on the machine.
             torch.set_num_threads(1)
@@ -258,8 +260,8 @@ class Run:
                 config,
                 self.guard_plan,
                 self.parts,
-                self._judged(),
-                self._panel,
+                self.prompts.judged,
+                self.prompts.panel,
                 self.batch,
                 self.folder,
                 ranks,
@@ -313,9 +315,9 @@ class Run:
         if self.config.prompts.source == "-":
             self.folder.keep_prompts(self.prompts.in_order)
 
-    def _open_pictures(self) -> PictureSource | None:
+    def _open_pictures(self, captions: list[str]) -> PictureSource | None:
         """The pictures that stand for rollouts; the miniature's world must know what they are said to show."""
-        pictures = open_pictures(self.config, self.prompts.train)
+        pictures = open_pictures(self.config, captions)
         if isinstance(pictures, Photographs):
             check_miniature_prompts(list(pictures.prompts))
         elif isinstance(pictures, Files) and self.config.model.name == "miniature":
@@ -328,56 +330,23 @@ class Run:
         self.encoded_prompts = encoded = None
         if folder:
             self.encoded_prompts = encoded = EncodedPrompts(config, folder, self.device, announce)
-            encoded.encode_ahead(self._consumed(), self.ranks, self.say)
+            encoded.encode_ahead(self.prompts.encoded, self.ranks, self.say)
         tuned = checkpoint.transformer if checkpoint else None
         parts = make_parts(config, self.settings, self.ranks, tuned, text_encoders=encoded is None, announce=announce)
         if encoded:
             parts.model.release_text_encoders(encoded)
         return parts
 
-    def _consumed(self) -> Iterator[str]:
-        """Every prompt that the model is asked for, some of them several times."""
-        yield from self._trained_on()
-        yield from self.prompts.held_out
-        prompts = self._calibration_prompts()
-        yield from prompts
-        if self._asks:
-            words = ControlWords(**self.config.control_words.model_dump())
-            yield from words.asked(prompts)
-            yield from words.asked(self._panel)
-
-    def _trained_on(self) -> Iterator[str]:
-        for number in range(self.config.train.steps * self.batch):
-            yield from self._prompts_of([number])
-
-    def _prompts_of(self, numbers: Sequence[int]) -> list[str]:
-        """The prompts of the rollouts with these numbers: captions where given pictures stand for them.
-
-        Rollouts of a group have one prompt.
-        """
-        if self.pictures:
-            return [self.pictures.caption(number) for number in numbers]
-        return self.prompts.batch([number // self.config.algorithm.group for number in numbers])
-
     def _texts(self) -> list[str]:
         """Every text that the reward is asked for in training."""
         words = self.algorithm.control_words
-        prompts = self._judged()
-        wrong = self._wrong_captions([*self._trained_on(), *self._calibration_prompts()])
+        prompts = self.prompts.judged
+        wrong = self._wrong_captions([*self.prompts.trained_on, *self.prompts.calibration])
         return [
             *prompts,
             *dict.fromkeys(chain(*wrong)),
             *(text for word in words.all for text in words.texts(word, prompts)),
         ]
-
-    def _judged(self) -> list[str]:
-        """Every prompt whose pictures the reward is asked about in training."""
-        return list(dict.fromkeys([*self._trained_on(), *self._calibration_prompts(), *self._panel]))
-
-    @property
-    def _panel(self) -> list[str]:
-        """Held-out prompts that the guard looks at again and again."""
-        return self.prompts.held_out[:PANEL_PROMPTS] if self.guard_plan.calibration else []
 
     def _encode_pictures(self) -> EncodedPictures | None:
         if not self.pictures:
@@ -489,7 +458,7 @@ class Run:
     def _calibrate(self) -> None:
         """Set target and guard by what the untrained model draws, with and without the positive word."""
         algorithm = self.config.algorithm
-        prompts = self._calibration_prompts()
+        prompts = self.prompts.calibration
         if not prompts:
             return
         for_target = len(prompts) if algorithm.target == "auto" or self._holds_captions else 0
@@ -514,16 +483,6 @@ class Run:
     def _wrong_captions(self, prompts: Sequence[str]) -> list[list[str]]:
         """Other prompts that pictures of these are held against, a column each; none where nothing is held."""
         return self._other_prompts.of(prompts, WRONG_CAPTIONS) if self._holds_captions else []
-
-    @property
-    def _asks(self) -> bool:
-        """Whether the untrained model is asked for the positive word."""
-        algorithm = self.config.algorithm
-        return algorithm.target == "auto" or algorithm.holds_captions or self.guard_plan.calibration > 0
-
-    def _calibration_prompts(self) -> list[str]:
-        count = CALIBRATION if self.config.algorithm.target is not None else self.guard_plan.calibration
-        return self.prompts.batch(range(count))
 
     def _calibration(self, asked: list[str], prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Pictures that are drawn as rollouts are, for what is ``asked``, measured and judged by the prompts.
@@ -712,7 +671,7 @@ class Run:
 
     def _roll_out(self, numbers: list[int]) -> Rollout:
         """Clean latents and their noise: sampled from the model, or encoded from given pictures."""
-        prompts = self._prompts_of(numbers)
+        prompts = self.prompts.of(numbers)
         conditioning, noise = self.model.encode_prompts(prompts), self._rollout_noise(numbers)
         size = self.config.model.size
         draws = self._generators("policy", numbers)
@@ -977,7 +936,7 @@ class Run:
         first = self._fresh * self.batch
         for numbers in self._micro_batches():
             place = slice(numbers[0] - first, numbers[-1] - first + 1)
-            prompts = self._prompts_of(numbers)
+            prompts = self.prompts.of(numbers)
             conditioning = self.model.encode_prompts(prompts)
             size = self.config.model.size
             self.rollouts.append(Rollout(kept["x_0"][place], kept["eps"][place], prompts, conditioning, size))

@@ -49,12 +49,12 @@ def quick(*names, of=VARIANTS):
 
 RECORD = """
 import os, torch
-import srpo_cli.recipes.train
+import srpo_cli.recipes.run_prompts
 from srpo_cli.algorithms.grpo import GRPO
 from srpo_cli.algorithms.judging import DirectMethod
 from srpo_cli.recipes.train import Run
 
-srpo_cli.recipes.train.CALIBRATION = 8
+srpo_cli.recipes.run_prompts.CALIBRATION = 8
 seen = {"rollouts": [], "judged": [], "passes": []}
 
 def compare(run, pictures, original=Run._compare):
