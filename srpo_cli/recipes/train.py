@@ -6,10 +6,9 @@ import copy
 import hashlib
 import json
 import math
-import re
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,20 +49,17 @@ from srpo_cli.recipes.pictures import Files, Photographs, PictureSource, open_pi
 from srpo_cli.recipes.placement import hold, prepare_model
 from srpo_cli.recipes.plan import plan_run
 from srpo_cli.recipes.report import BASE, BEFORE_AFTER, TUNED, Report
-from srpo_cli.recipes.resume import Resumed, check_layout, digest, resume_from
+from srpo_cli.recipes.resume import Resumed, digest, resume_from
 from srpo_cli.recipes.run_prompts import RunPrompts
 from srpo_cli.recipes.target import WRONG_CAPTIONS, holds_captions, make_target
+from srpo_cli.recipes.weights import Weights
 from srpo_cli.runtime.average import WeightAverage
 from srpo_cli.runtime.checkpoints import (
-    EMA,
-    OPTIMIZER,
     ROLLOUTS,
-    TRANSFORMER,
     Checkpoint,
     link_best,
     list_checkpoints,
     save_checkpoint,
-    save_masters,
 )
 from srpo_cli.runtime.devices import best_device
 from srpo_cli.runtime.distributed import Ranks, join_ranks
@@ -254,6 +250,7 @@ class Run:
         self.policy = self.drawing.policy
         self.model.use_attention(config.model.attention)
         self.average = self._make_average()
+        self.weights = Weights(config, self.model, self.trained, self.average)
         self.report = Report(self.parts, config, self.prompts.held_out, self.folder)
         with ranks.together():
             self.guard = make_guard(
@@ -381,10 +378,7 @@ class Run:
         ):
             if state.get(name) != self.data[name]:
                 raise UsageError(f"{what} have changed since {checkpoint.path} was written: start a new run")
-        check_layout(checkpoint, state, self.trained.layout)
-        checkpoint.load_optimizer(self.trained.load_optimizer_state)
-        if self.average:
-            checkpoint.load_weights(EMA, self._load_average)
+        self.weights.restore(checkpoint, state)
         self.step = checkpoint.step
         self._load_state(state)
         if self._replays:
@@ -894,32 +888,10 @@ class Run:
 
     def _write(self, folder: Path | None) -> None:
         """Weights, averages, optimizer and rollouts to be replayed; a rank without a folder only gives its part."""
-        self._write_weights(folder)
-        state = self.trained.optimizer_state(keep=folder is not None)
+        self.weights.write(folder)
         rollouts = self._collect_rollouts() if self._replays else None
-        if folder:
-            torch.save(state, folder / OPTIMIZER)
-            if rollouts:
-                save_file(rollouts, folder / ROLLOUTS)
-
-    def _write_weights(self, folder: Path | None) -> None:
-        if self.config.train.mode == "full":
-            names = self.trained.named
-            save_masters(folder and folder / TRANSFORMER, self.model.transformer, self.trained.masters())
-            if self.average:
-                averages = zip(names, self.average.averages, strict=True)
-                whole = ((name, self.trained.whole(average)) for name, average in averages)
-                save_masters(folder and folder / EMA, self.model.transformer, whole)
-        elif folder:  # every rank has the whole LoRA
-            self.model.save_weights(folder / TRANSFORMER)
-            if self.average:
-                with self.average.applied():
-                    self.model.save_weights(folder / EMA)
-
-    def _load_average(self, tensors: dict[str, Tensor]) -> None:
-        """Go on averaging from the weights that ``ema/`` holds, by their names in the file."""
-        found = _by_name(tensors, self.trained.named)
-        self.average.load_state_dict({"averages": self.trained.parts(found)})
+        if folder and rollouts:
+            save_file(rollouts, folder / ROLLOUTS)
 
     def _collect_rollouts(self) -> dict[str, Tensor] | None:
         """What a replay starts from, of all ranks in the order of their samples; on rank 0."""
@@ -994,16 +966,5 @@ class Run:
         self.say(
             f"the best checkpoint is that of step {step}, of {self.step} (one every {every} steps: checkpoint.every)"
         )
-        Checkpoint.of(self.folder.checkpoints, step).load_weights(EMA if self.average else TRANSFORMER, self._put_back)
+        self.weights.put_back(Checkpoint.of(self.folder.checkpoints, step))
         return step
-
-    @torch.no_grad()
-    def _put_back(self, tensors: dict[str, Tensor]) -> None:
-        parameters = self.model.named_trainable_parameters()
-        for parameter, value in zip(parameters.values(), _by_name(tensors, parameters), strict=True):
-            parameter.copy_(value)
-
-
-def _by_name(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
-    """The tensors of a file of weights in the order of the model's ``names``, which for a LoRA hold an adapter's."""
-    return [tensors[re.sub(r"(\.lora_[AB])\.\w+\.", r"\1.", name)] for name in names]
