@@ -46,9 +46,9 @@ def advantages(
         group: pictures in a group.
         over: what the standard deviation is of: the group (DanceGRPO), or all N (Flow-GRPO), by which a group of nearly
             equal rewards counts for little. It is the unbiased one, though Flow-GRPO's code divides by N.
-        clip: largest absolute value.
-        weights: of R rewards, whose advantages are added before they are clipped, as in DanceGRPO: no reward outweighs
-            another by its scale.
+        clip: largest absolute value, of each reward's.
+        weights: of R rewards, whose clipped advantages are added, as in DanceGRPO: no reward outweighs another by its
+            scale. (Its code adds losses, each with a ratio clip of its own: the same while the ratio is in range.)
 
     Returns (N,) in the dtype of ``rewards``; 0 where all rewards are equal.
     """
@@ -63,10 +63,10 @@ def advantages(
     grouped = rewards.double().unflatten(-1, (-1, group))
     dims = -1 if over == "group" else (-2, -1)
     normal = (grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(dims, keepdim=True) + 1e-8)
-    normal = normal.flatten(-2)
+    normal = normal.flatten(-2).clamp(-clip, clip)
     if weights is not None:
         normal = torch.as_tensor(weights).to(normal) @ normal
-    return normal.clamp(-clip, clip).to(rewards.dtype)
+    return normal.to(rewards.dtype)
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

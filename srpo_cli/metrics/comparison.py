@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 
 from scipy.optimize import brentq
-from scipy.special import ndtri, stdtrit
+from scipy.special import stdtrit
 from torch import Tensor
 
 from srpo_cli.metrics.intervals import Interval
@@ -16,7 +16,7 @@ from srpo_cli.metrics.intervals import Interval
 FEWEST_SEEDS = 3
 """From so many seeds an interval is of other seeds, too."""
 
-_LEAST_LOG_TAIL = -600.0  # of a p value; what is less is 0
+_LEAST = 1e-60  # of a p value; quantiles of Student's t are known down to there
 
 
 def over_seeds(figures: Sequence[Interval], least: float = -math.inf, most: float = math.inf) -> Interval:
@@ -34,26 +34,27 @@ def over_seeds(figures: Sequence[Interval], least: float = -math.inf, most: floa
     return Interval(mean, max(mean - below, least), min(mean + above, most))
 
 
-def p_over_seeds(figures: Sequence[Interval]) -> float:
-    """Two-sided p of a difference from 0, given as by :func:`over_seeds` of three or more seeds.
+def p_over_seeds(figures: Sequence[Interval], prompts: int) -> float:
+    """Two-sided p of a difference from 0, given as by :func:`over_seeds` of three or more seeds on so many prompts.
 
-    One minus the level of the interval that ends at 0: its parts are the same, Student's t over seeds and the normal
-    distribution over prompts.
+    One minus the level of the interval that ends at 0: its parts are the same, Student's t over seeds and over prompts.
+    Never below ``2^(1 - prompts)``, the least that so many signs can show.
     """
     mean, between = fmean(figure.mean for figure in figures), _error_between(figures)
-    towards_0 = fmean(figure.mean - figure.low if mean > 0 else figure.high - figure.mean for figure in figures)
-    within = towards_0 / float(ndtri(0.975))
     if mean == 0:
         return 1.0
+    freedom = max(1, prompts - 1)
+    towards_0 = fmean(figure.mean - figure.low if mean > 0 else figure.high - figure.mean for figure in figures)
+    within = towards_0 / float(stdtrit(freedom, 0.975))
 
     def beyond_0(log_tail: float) -> float:
         tail = math.exp(log_tail)
-        reach = math.hypot(stdtrit(len(figures) - 1, tail) * between, ndtri(tail) * within)
-        return reach - abs(mean)
+        over = stdtrit(len(figures) - 1, tail) * between
+        return math.hypot(over, stdtrit(freedom, tail) * within) - abs(mean)
 
-    if beyond_0(_LEAST_LOG_TAIL) < 0:
-        return 0.0
-    return 2 * math.exp(brentq(beyond_0, _LEAST_LOG_TAIL, math.log(0.5)))
+    least = max(2.0 ** (1 - prompts), _LEAST)
+    log_least = math.log(least / 2)
+    return least if beyond_0(log_least) < 0 else 2 * math.exp(brentq(beyond_0, log_least, math.log(0.5)))
 
 
 def _error_between(figures: Sequence[Interval]) -> float:

@@ -118,11 +118,13 @@ class Cell:
             found = load_train_config(file).config
         except UsageError as error:
             raise UsageError(f"{error} Remove {self.folder}, and it is trained again.") from error
-        other = next(settings_that_differ(_what_counts(found), _what_counts(self.resolved.config)), None)
-        if other:
+        differing = list(settings_that_differ(_what_counts(found), _what_counts(self.resolved.config)))
+        if differing:
+            key, then, now = differing[0]
+            more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
             raise UsageError(
-                f"{self.folder} was trained with other settings than {self.label} has now ({other}): choose another "
-                "--output, or remove that folder"
+                f"{self.folder} was trained with other settings than {self.label} has now ({key} was {then} and is "
+                f"{now}{more}): choose another --output, or remove that folder"
             )
 
     def job(self, logs: Path) -> Job:

@@ -18,7 +18,7 @@ from srpo_cli.config.comparison import BASE
 from srpo_cli.errors import SrpoError
 from srpo_cli.metrics.aggregate import ALL, LEVEL, Measure, is_share, mean_absolute
 from srpo_cli.metrics.comparison import FEWEST_SEEDS, cost_at, farthest, over_seeds, p_over_seeds, ratio_over_seeds
-from srpo_cli.metrics.intervals import DRAWS, Interval, holm, interval, rate_interval, resample
+from srpo_cli.metrics.intervals import DRAWS, Interval, difference_interval, holm, interval, rate_interval, resample
 from srpo_cli.pages.writing import NONE, number
 from srpo_cli.recipes.compare import GRADIENT_PASS, Cell, Table
 from srpo_cli.recipes.results import TABLE, Result, as_measure, markdown, markdown_table, read_result, shown
@@ -148,7 +148,8 @@ def differences(
         ]
         if label != reference and len(there) >= FEWEST_SEEDS:
             seeds = {each.name: [_difference(each, *seed) for seed in there] for each in measures}
-            p |= {(label, name): p_over_seeds(own) for name, own in seeds.items()}
+            texts = there[0][0]["prompt"].nunique()
+            p |= {(label, name): p_over_seeds(own, texts) for name, own in seeds.items()}
             found[label] = {"against": reference, **{name: over_seeds(own)._asdict() for name, own in seeds.items()}}
     for has_better_side in (True, False):
         names = [each.name for each in measures if bool(each.better) == has_better_side]
@@ -167,12 +168,18 @@ def _difference(measure: Measure, pictures: pd.DataFrame, model: str, reference:
     together = np.concatenate(sums, axis=1)
     texts, width = len(together), len(columns) + 1
 
-    def values(rows: np.ndarray) -> np.ndarray:
+    def values(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         means = [rows[:, at : at + width - 1] / rows[:, at + width - 1 : at + width] for at in (0, width)]
-        own, other = (measure.reduce(torch.from_numpy(each)) for each in means)
-        return (own - other).numpy()
+        own, other = (measure.reduce(torch.from_numpy(each)).numpy() for each in means)
+        return own, other
 
-    return interval(values(together.sum(0)[None]).item(), values(resample(together, DRAWS, seed=0)), texts)
+    (own,), (other,) = values(together.sum(0)[None])
+    own_drawn, other_drawn = values(resample(together, DRAWS, seed=0))
+    drawn = own_drawn - other_drawn
+    if not is_share(measure, pictures):
+        return interval(own - other, drawn, texts)
+    shares = (rate_interval(other, other_drawn, texts), rate_interval(own, own_drawn, texts))
+    return difference_interval(*shares, drawn, texts)
 
 
 def _scale(name: str, results: Mapping[int, Result]) -> tuple[float, float]:
@@ -423,7 +430,7 @@ def unbracketed(data: Mapping[str, Any]) -> list[str]:
     ladders: dict[str, list[bool]] = {}
     for trial in data["tuning"]:
         ladders.setdefault(trial["label"], []).append(trial["chosen"])
-    return [markdown(label) for label, chosen in ladders.items() if chosen[0] or chosen[-1]]
+    return [label for label, chosen in ladders.items() if chosen[0] or chosen[-1]]
 
 
 class Part(NamedTuple):
@@ -489,7 +496,7 @@ def _page(data: Mapping[str, Any]) -> Iterator[str]:
         )
         yield markdown_table(tuning_rows(data))
         if ends := unbracketed(data):
-            yield f"At an end of what was tried, beyond which better ones may lie: {', '.join(ends)}."
+            yield f"At an end of what was tried, beyond which better ones may lie: {', '.join(map(markdown, ends))}."
     yield "## Settings"
     yield markdown_table(_setting_rows(data))
     if data["failed"]:

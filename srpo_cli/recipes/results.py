@@ -284,7 +284,8 @@ def _check_protocols(results: Sequence[Result], allow_different: bool) -> list[s
     first, *others = results
     found: list[str] = []
     for other in others:
-        differences = list(settings_that_differ(first.data["protocol"], other.data["protocol"]))
+        differing = settings_that_differ(first.data["protocol"], other.data["protocol"])
+        differences = [f"{key} is {one} and {two}" for key, one, two in differing]
         if differences and not allow_different:
             more = f" and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
             raise UsageError(
@@ -295,13 +296,13 @@ def _check_protocols(results: Sequence[Result], allow_different: bool) -> list[s
     return list(dict.fromkeys(found))
 
 
-def settings_that_differ(one: Any, other: Any, key: str = "") -> Iterator[str]:
+def settings_that_differ(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
     """In what two protocols or configurations differ, with both values, by dotted keys in the first one's order."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in [*one, *(name for name in other if name not in one)]:
             yield from settings_that_differ(one.get(name), other.get(name), f"{key}.{name}" if key else name)
     elif one != other:
-        yield f"{key} is {_brief(one)} and {_brief(other)}"
+        yield key, _brief(one), _brief(other)
 
 
 def _brief(value: Any) -> str:

@@ -21,6 +21,15 @@ _CLEAR = 3  # standard errors that the base's margin is above 0
 Say = Callable[[str], None]
 
 
+def warn_of_target(config: AlgorithmConfig, warn: Say) -> None:
+    """Say so where what is trained need not lead to the target."""
+    if config.target is not None and not config.compares_words:
+        warn(
+            f"target: {config.name} raises the plain reward, which need not lead to a gap between words: set "
+            "algorithm.relative=true, or algorithm.target=null and count steps"
+        )
+
+
 def holds_captions(config: AlgorithmConfig, reward: Reward, others: OtherPrompts, warn: Say) -> bool:
     """Whether pictures are to be held to their prompts, and can be.
 
@@ -67,11 +76,6 @@ def make_target(config: AlgorithmConfig, base: Tensor, asked: Tensor, rollouts: 
         )
     hold = " and hold it there" if config.at_target == "hold" else ""
     say(f"target: semantic gap {known} to {target.value:+.3f}{hold}")
-    if not config.compares_words:
-        warn(
-            f"target: {config.name} raises the plain reward, which need not lead to a gap between words: set "
-            "algorithm.relative=true, or algorithm.target=null and count steps"
-        )
     if captions:
         now, then = captions.base[1], captions.asked[1]
         say(

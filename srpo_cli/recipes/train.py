@@ -51,7 +51,7 @@ from srpo_cli.recipes.plan import plan_run
 from srpo_cli.recipes.report import BASE, BEFORE_AFTER, TUNED, Report
 from srpo_cli.recipes.resume import Resumed, digest, resume_from
 from srpo_cli.recipes.run_prompts import RunPrompts
-from srpo_cli.recipes.target import WRONG_CAPTIONS, holds_captions, make_target
+from srpo_cli.recipes.target import WRONG_CAPTIONS, holds_captions, make_target, warn_of_target
 from srpo_cli.recipes.weights import Weights
 from srpo_cli.runtime.average import WeightAverage
 from srpo_cli.runtime.checkpoints import (
@@ -268,6 +268,7 @@ class Run:
         if self.guard_plan.shortfall:
             self.say(f"guard: off, {self.guard_plan.shortfall}")
         self._other_prompts = OtherPrompts(self.prompts.train)
+        warn_of_target(config.algorithm, self.warn)
         self._holds_captions = holds_captions(config.algorithm, self.parts.reward, self._other_prompts, self.warn)
         self._captions_weight = 0.0
         self.ledger = Ledger()

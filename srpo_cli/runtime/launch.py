@@ -235,8 +235,9 @@ class Launch:
             parser = get_args_parser()
             known = "--shutdown-timeout" in parser.format_help()  # torch 2.11 does not have it
             patience = ["--shutdown-timeout", str(_FAREWELL)] if known else []
-            # Else torchrun leaves a folder for logs, which nothing is written to, in the temporary one each time.
-            logs = [] if "PET_LOG_DIR" in os.environ else ["--log-dir", str(told.parent)]
+            # Where nobody asks for logs, torchrun leaves an empty folder for them in the temporary one each time.
+            asked = any(name in os.environ for name in ("PET_LOG_DIR", "PET_REDIRECTS", "PET_TEE"))
+            logs = [] if asked else ["--log-dir", str(told.parent)]
             parsed = parser.parse_args([*patience, *logs, *self.torchrun()])
             # Past the parser, which would look for its own options in them; torchrun takes each for a template.
             parsed.training_script_args = [argument.replace("$", "$$") for argument in arguments]

@@ -457,13 +457,6 @@ def _kinds(config: TrainConfig, machine: Machine, parameters: int) -> tuple[str,
                 "set memory.plan=auto"
             )
         return ("replicated",)
-    alike = _calls_alike(config)
-    if asked == "sharded" and not alike:
-        raise UsageError(
-            "memory.plan is sharded and algorithm.name is alignprop: each process draws which steps it keeps, and "
-            "sharded weights need all to call the model equally often; set algorithm.alignprop.truncation to two equal "
-            "numbers, or memory.plan=auto, and with it train.mode=lora where no other plan fits"
-        )
     if asked in ("resident", "streamed") and dtype == "float32" and not machine.is_cpu:
         raise UsageError(
             f"memory.plan is {asked} and model.dtype is float32: it keeps bfloat16 weights beside their master; "
@@ -473,14 +466,8 @@ def _kinds(config: TrainConfig, machine: Machine, parameters: int) -> tuple[str,
         return (asked,)
     if machine.is_cpu or parameters < _SMALL_MODEL or config.memory.master == "bfloat16":
         return ("replicated",)
-    shared = ("sharded",) if machine.ranks > 1 and alike else ()
+    shared = ("sharded",) if machine.ranks > 1 else ()
     return (*shared, "replicated") if dtype == "float32" else (*shared, "resident", "streamed")
-
-
-def _calls_alike(config: TrainConfig) -> bool:
-    """Whether all processes call the model equally often, whatever they draw."""
-    low, high = config.algorithm.alignprop.truncation or (0, config.rollout.steps)
-    return config.algorithm.name != "alignprop" or low == high
 
 
 def _moments(kind: str, config: TrainConfig, machine: Machine) -> tuple[str, ...]:

@@ -169,15 +169,16 @@ class Shards(Trained):
     def accumulate(self, last: bool) -> None:
         # Gradients are scattered in every pass: whole float32 ones, kept for the last, would be 48 GB of FLUX.1-dev.
         self.root.set_requires_all_reduce(last)
-        # Where several calls make one graph the first of them is gone back through last, and needs its weights still.
-        self.root.set_reshard_after_backward(False)
 
     def average(self, ranks: Ranks, values: Tensor) -> Tensor:
-        self.release()
         return ranks.average([], values)  # the gradients were averaged while they were scattered
 
     def clip(self, limit: float | None) -> Tensor:
         return super().clip(limit).full_tensor()
+
+    def step(self, lr: float) -> None:
+        self.release()  # what is gathered next is to be the updated weights
+        super().step(lr)
 
     def gather(self) -> None:
         for module in self._units():
@@ -241,7 +242,8 @@ def shard(
     """Spread a model over ``mesh``, a unit for each block and one for what is left.
 
     Weights travel in ``dtype`` (None: as they are), gradients are reduced in float32. What a forward gathered stays
-    until the update: one gather of each unit an optimizer step, and one reduce-scatter for each call in a pass.
+    until the update, also for the calls of one graph that are gone back through last: one gather of each unit an
+    optimizer step, and one reduce-scatter a pass, however many calls it makes.
 
     Args:
         root: on the meta device; afterwards each rank has its shards on ``device``, float32.
@@ -253,6 +255,7 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, root):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        module.set_reshard_after_backward(False)
     root.to_empty(device=device)
     for name, parameter in root.named_parameters():
         parameter.copy_(_like(weights[name].float(), parameter))

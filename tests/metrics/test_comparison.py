@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from scipy.stats import norm, ttest_1samp
+from scipy.stats import t, ttest_1samp
 
 from srpo_cli.metrics.comparison import cost_at, farthest, over_seeds, p_over_seeds
 from srpo_cli.metrics.intervals import Interval
@@ -37,20 +37,25 @@ def test_p_is_one_minus_the_level_of_the_interval_that_ends_at_0():
     below, above = (abs(end) for end in over_seeds(figures)[1:])
     for shift in (below, -above):
         moved = [Interval(*(value + shift for value in figure)) for figure in figures]
-        assert p_over_seeds(moved) == pytest.approx(0.05, rel=1e-6)
+        assert p_over_seeds(moved, 50) == pytest.approx(0.05, rel=1e-6)
 
 
-def test_p_is_that_of_students_t_where_prompts_add_nothing_and_normal_where_seeds_agree():
-    values = [0.8, 1.3, 1.1, 0.2]
+@pytest.mark.parametrize("seeds", range(3, 9))
+def test_p_is_that_of_students_t_over_seeds_or_over_prompts_where_the_other_adds_nothing(seeds):
+    values = [0.8, 1.3, 1.1, 0.2, 0.9, 0.4, 1.0, 0.7][:seeds]
     exact = ttest_1samp(values, 0).pvalue
-    assert p_over_seeds([Interval(value, value, value) for value in values]) == pytest.approx(exact)
-    assert p_over_seeds([Interval(-0.3, -0.3 - 0.196, -0.3 + 0.196)] * 3) == pytest.approx(2 * norm.sf(3), rel=1e-3)
+    assert p_over_seeds([Interval(value, value, value) for value in values], 100) == pytest.approx(exact)
+    half = 0.1 * t.ppf(0.975, 19)  # of twenty prompts, standard error 0.1
+    agreeing = [Interval(-0.3, -0.3 - half, -0.3 + half)] * seeds
+    assert p_over_seeds(agreeing, 20) == pytest.approx(2 * t.sf(3, 19), rel=1e-6)
 
 
-def test_no_difference_has_p_1_and_one_without_error_0():
-    assert p_over_seeds([Interval(0, -0.1, 0.1)] * 3) == p_over_seeds([Interval(0, 0, 0)] * 3) == 1
-    assert p_over_seeds([Interval(1, 1, 1)] * 3) == 0
-    assert p_over_seeds([Interval(1e6, 1e6 - 1, 1e6 + 1)] * 3) == 0
+@pytest.mark.parametrize("seeds", range(3, 9))
+def test_no_difference_has_p_1_and_one_without_error_the_least_that_so_many_signs_can_show(seeds):
+    assert p_over_seeds([Interval(0, -0.1, 0.1)] * seeds, 8) == p_over_seeds([Interval(0, 0, 0)] * seeds, 8) == 1
+    assert p_over_seeds([Interval(1, 1, 1)] * seeds, 8) == 2**-7
+    assert p_over_seeds([Interval(1e6, 1e6 - 1, 1e6 + 1)] * seeds, 10) == 2**-9
+    assert p_over_seeds([Interval(1, 1, 1)] * seeds, 1000) == 1e-60
 
 
 def test_the_farthest_by_hand():

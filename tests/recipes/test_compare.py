@@ -406,7 +406,7 @@ def refused(table: Table, kind: type[SrpoError] = UsageError) -> str:
     [
         (
             lambda text: text.replace("batch_size: 2", "batch_size: 3"),
-            ["with other settings", "train.batch_size is 2 and 3", "another --output"],
+            ["with other settings", "train.batch_size was 2 and is 3", "another --output"],
         ),
         (lambda text: text[:40] + "\n: [", ["is not YAML", "Remove"]),
     ],
@@ -546,14 +546,14 @@ def test_without_a_run_of_the_reference_there_are_costs_and_no_ratios():
     assert level_rows(data, "passes") == [{"method": "slow", "0.1": "1,000"}]
 
 
-def of_seeds(**rewards):
-    """Results of three seeds, of one picture of each of four texts, two of which are of one prompt."""
+def of_seeds(texts="aabc", **rewards):
+    """Results of three seeds, of one picture of each of four prompts, two of which are of one text."""
     results = {}
     for seed in (1, 2, 3):
         rows = [
             {"model": f"{label}.{seed}", "prompt": text, "reward": value}
             for label, own in rewards.items()
-            for text, value in zip("aabc", own(seed), strict=True)
+            for text, value in zip(texts, own(seed), strict=True)
         ]
         results[seed] = Result({}, pd.DataFrame(rows), Path())
     return results
@@ -583,10 +583,12 @@ def test_differences_that_prompts_do_not_share_are_less_sure():
 
 
 def test_p_values_are_corrected_in_a_family_of_what_has_a_better_side_and_one_of_the_rest():
+    places = range(20)
     results = of_seeds(
-        srpo=lambda seed: [seed, 2, 3, 9],
-        near=lambda seed: [seed + 0.4, 2.3, 3.5, 9.4],
-        far=lambda seed: [seed + 4 + seed, 6 + seed, 7 + seed, 13 + seed],
+        "abcdefghijklmnopqrst",
+        srpo=lambda seed: [seed * place for place in places],
+        near=lambda seed: [seed * place + 0.4 + 0.1 * (place % 3) for place in places],
+        far=lambda seed: [seed * place + 4 + seed for place in places],
     )
     measures = [*REWARD, Measure("double", "double", ("reward",)), Measure("grain", "grain", ("reward",), better="")]
     found = differences(["srpo", "near", "far"], "srpo", results, measures)
@@ -607,6 +609,13 @@ def test_a_rate_at_an_end_of_its_ladder_is_named():
     trials = {"low": (1, 0, 0), "inside": (0, 1, 0), "high": (0, 0, 1), "none": (0, 0)}
     data = {"tuning": [{"label": label, "chosen": bool(each)} for label, own in trials.items() for each in own]}
     assert unbracketed(data) == ["low", "high"]
+
+
+def test_rates_that_are_0_and_1_everywhere_are_told_apart_as_surely_as_so_few_prompts_can():
+    results = of_seeds("abcdefgh", srpo=lambda _: [0] * 8, refl=lambda _: [1] * 8)
+    told = differences(["srpo", "refl"], "srpo", results, REWARD)["refl"]["reward"]
+    assert told["mean"] == 1 and told["low"] < 0.6 and told["high"] == 1
+    assert told["p"] == told["p_holm"] == 2**-7
 
 
 def test_two_seeds_tell_no_difference():

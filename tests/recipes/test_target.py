@@ -8,7 +8,7 @@ import torch
 from srpo_cli.config.schema import AlgorithmConfig
 from srpo_cli.errors import UsageError
 from srpo_cli.recipes.figures import OtherPrompts
-from srpo_cli.recipes.target import holds_captions, make_target
+from srpo_cli.recipes.target import holds_captions, make_target, warn_of_target
 from srpo_cli.rewards.base import Reward
 
 OTHERS = OtherPrompts(["a dog", "a cat"])
@@ -73,10 +73,13 @@ def test_a_policy_method_holds_the_gap_alone_and_says_so(told):
     assert "captions are not: dance-grpo follows no gradient" in told[0]
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_a_plain_reward_is_told_that_it_need_not_come_near_a_gap(told, relative):
-    make(told, pictures(-0.1, 0.6)[:, :1], pictures(0.2, 0.5)[:, :1], name="refl", relative=relative)
-    assert [line for line in told if "raises the plain reward" in line] == told[1:] and len(told) == 2 - relative
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [({"name": "refl"}, 1), ({"name": "refl", "relative": True}, 0), ({"name": "refl", "target": None}, 0), ({}, 0)],
+)
+def test_a_plain_reward_is_told_that_it_need_not_come_near_a_gap(told, config, lines):
+    warn_of_target(AlgorithmConfig(**{"target": "auto", **config}), told.append)
+    assert ["raises the plain reward" in line for line in told] == [True] * lines
 
 
 def test_without_margins_the_gap_alone_is_held(told):
