@@ -83,6 +83,7 @@ def test_the_result_is_that_of_the_loop_written_by_hand(scene):
     assert scene[-1] <= TARGETS["E1"].gate
 
 
+@pytest.mark.slow
 def test_memory_is_as_planned():
     rows = list(memory_rows())
     assert {row.id for row in rows} == {"M1", "M2", "M3", "M4"}

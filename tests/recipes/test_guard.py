@@ -211,6 +211,7 @@ def guard_of(folder):
     return guard
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_its_guard_saw(run):
     folder = run()
     guard = guard_of(folder)
@@ -422,6 +423,7 @@ def test_a_run_that_was_begun_without_a_guard_goes_on_without(run, srpo, tmp_pat
     assert not (folder / "guard.json").exists()
 
 
+@pytest.mark.slow
 def test_no_checkpoint_better_than_the_base_is_said_even_if_asked_to_be_quiet(srpo, tiny, tmp_path):
     own = settings("optimizer.lr=1e-12", "train.batch_size=4")
     outcome = srpo(*tiny(tmp_path / "run", *own, "--quiet", steps=10))

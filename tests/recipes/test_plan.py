@@ -164,6 +164,7 @@ def test_the_miniatures_rewards_are_counted_alike():
     assert one == other and one.reward_parameters > 0 and not one.uncounted
 
 
+@pytest.mark.slow
 def test_mixed_rewards_are_counted_together():
     others = {"clip:ViT-B-32": {"weight": 0.5}, "imagereward": {}, "aesthetic-v2.5": {}}
     mixed, one = (
@@ -204,6 +205,7 @@ def test_the_targets_of_memory_come_out():
     assert (lora.name, lora.total_gib <= 20) == ("replicated+lora", True)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_with_three_ways_unless_its_plan_was_named():
     card = known_machine("rtx-4090")
     with pytest.raises(MissingError, match=r"nothing fits: the closest plan needs .* can be used: try --set ") as error:

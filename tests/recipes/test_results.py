@@ -503,6 +503,7 @@ print(most_memory() - before, time.process_time() - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", ["1", "6"])
 def test_100_000_pictures_and_60_columns_take_less_than_a_gigabyte_beyond_imports_and_half_a_minute(models):
     command = [sys.executable, "-c", SIXTY_COLUMNS, models]

@@ -188,6 +188,7 @@ def test_a_target_that_is_held_lets_the_run_go_on_to_its_last_step_and_over_a_re
     assert summary_of(tmp_path / "run")["steps"] == 14
 
 
+@pytest.mark.slow
 def test_a_held_target_holds_captions_too_by_what_rollouts_show(tmp_path, tiny, srpo):
     """The running mean in the checkpoint is that of the logged margins, and a run in two parts is one run."""
     settings = ["algorithm.target=auto", "algorithm.at_target=hold", "rollout.steps=2", "optimizer.lr=1e-3"]
@@ -219,6 +220,7 @@ def test_a_held_target_holds_captions_too_by_what_rollouts_show(tmp_path, tiny, 
     assert rows[0]["captions_weight"] == 0 < rows[-1]["captions_weight"], "a rate fifty times the right one spoils them"
 
 
+@pytest.mark.slow
 def test_a_given_gap_asks_the_base_model_for_the_word_where_captions_are_held(tmp_path, tiny, srpo):
     settings = ["algorithm.target=0.3", "algorithm.at_target=hold", "rollout.steps=2"]
     assert srpo(*tiny(tmp_path / "run", *(f"--set={setting}" for setting in settings), steps=1)).exit_code == 0
