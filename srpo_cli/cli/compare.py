@@ -75,9 +75,9 @@ def compare(
     comparison = load_comparison(preset)
     folder = output or Path("evals") / comparison.name
 
-    from srpo_cli.recipes.compare import Table, is_miniature
+    from srpo_cli.recipes.compare import COMPARISON, Table, is_miniature
     from srpo_cli.recipes.compare import compare as run
-    from srpo_cli.recipes.comparison import COMPARISON, GRID, PAGE, summarise, tables, write
+    from srpo_cli.recipes.comparison import GRID, PAGE, summarise, tables, write
     from srpo_cli.runtime.quiet import quiet_libraries
     from srpo_cli.runtime.signals import stop_on_signals
 
@@ -121,6 +121,7 @@ def _print_commands(table: Table) -> None:
         is_open = cell.lr is None and table.comparison.rate_owner(cell.label) in unknown
         typer.echo(f"{cell.job(table.output / 'logs')}{'  # at the rate that is chosen' if is_open else ''}")
     note(
-        f"{len(trials)} runs to choose learning rates by and {len(cells)} of the table, of about "
-        f"{table.comparison.budget:,} forwards each, or fewer, and what a target takes; then all are measured"
+        f"{len(trials)} run{'s' * (len(trials) != 1)} to choose learning rates by and {len(cells)} of the table, of "
+        f"about {table.comparison.budget:,} forwards each, where no target ends one earlier, and what it takes to "
+        "measure the target; then all are measured"
     )

@@ -52,6 +52,12 @@ def mean_interval(values: Tensor, **options) -> Interval:
     return bootstrap(lambda index: values[index].mean(1), len(values), **options)
 
 
+def share_interval(hits: Tensor, **options) -> Interval:
+    """:func:`mean_interval` of (count,) values of 0 and 1; where all are the same, Wilson's."""
+    found = mean_interval(hits, **options)
+    return found if found.low < found.high else wilson(round(hits.sum().item()), len(hits))
+
+
 def _indices(count: int, size: int, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
     """``draws`` times ``size`` indices below ``count``, (R, size) at a time; how many at a time changes none."""
     rows = max(1, _CHUNK // count)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from srpo_cli.metrics.intervals import Interval, bootstrap, mean_interval
+from srpo_cli.metrics.intervals import Interval, bootstrap, mean_interval, share_interval
 from srpo_cli.metrics.pictures import STATISTICS, picture_statistics
 from srpo_cli.miniature import WEIGHTS
 from srpo_cli.miniature.world import (
@@ -157,10 +157,10 @@ class Oracle:
         """All of the oracle's words for one picture of each prompt, with 95 % intervals over prompts."""
         statistics = picture_statistics(images)
         hits = self.caption_hits(images, reference.prompts)
-        parts = {f"{name}_accuracy": mean_interval(hits[:, i]) for i, name in enumerate(CONTENT)}
+        parts = {f"{name}_accuracy": share_interval(hits[:, i]) for i, name in enumerate(CONTENT)}
         return {
             "photo_distance": self.photo_distance(statistics, reference),
-            "photo_rate": mean_interval(self.is_photo(statistics, reference.prompts).float()),
+            "photo_rate": share_interval(self.is_photo(statistics, reference.prompts).float()),
             "caption_accuracy": mean_interval(hits.mean(1)),
             **parts,
             "saturation": mean_interval(statistics[:, STATISTICS.index("saturation")]),

@@ -56,12 +56,13 @@ _RECORDED = {
 """What is shown of a run's records besides the signals."""
 
 
-def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
+def write_training_report(folder: Path, guard: Mapping[str, Any], reward: str) -> Path:
     """Write ``report.html`` into a run's folder and return its path; it holds all that it shows.
 
     Args:
         folder: of the run, with its configuration, records, samples and, of a run that has ended, summary.
         guard: what ``guard.json`` holds.
+        reward: what was trained, in words.
 
     SrpoError where the folder cannot be read or written.
     """
@@ -75,7 +76,7 @@ def write_training_report(folder: Path, guard: Mapping[str, Any]) -> Path:
     page = environment.get_template("training.html.j2").render(
         name=folder.resolve().name,
         method=config["algorithm"]["name"],
-        reward=config["reward"]["name"],
+        reward=reward,
         model=config["model"]["name"],
         guard=guard,
         steps=summary["steps"] if summary else _last_step(guard),

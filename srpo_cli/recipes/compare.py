@@ -37,6 +37,8 @@ from srpo_cli.runtime.folder import CONFIG, SUMMARY, disk_errors, locked
 from srpo_cli.runtime.plan import Counts, choose, this_machine
 from srpo_cli.runtime.signals import StopRequest
 
+COMPARISON = "comparison.json"
+
 GRADIENT_PASS = 3
 """What a pass forward and backward costs, in forwards: the backward pass is two more of their size."""
 
@@ -159,8 +161,9 @@ class Table:
         self._counts: Counts | None = None
 
     def check(self) -> None:
-        """UsageError for what nothing measures, and for folders that hold runs of other settings."""
+        """UsageError for what nothing measures, and for folders that hold something else or runs of other settings."""
         comparison = self.comparison
+        self._check_folder()
         known = [name for plan in self.judges for name in plan.headings]
         for name in (*comparison.columns, *([comparison.rate] if comparison.rate else [])):
             if name not in known:
@@ -173,6 +176,19 @@ class Table:
         for seed in comparison.seeds:
             for folder in (self.evaluation(seed), self.curves(seed)):
                 self._check_prompts(folder)
+
+    def _check_folder(self) -> None:
+        """UsageError for one that is a training run's, or that has the result of a comparison of another name."""
+        if (self.output / CONFIG).is_file():
+            raise UsageError(f"{self.output} is the folder of a training run: choose another --output")
+        try:
+            name = json.loads((self.output / COMPARISON).read_text(encoding="utf-8"))["comparison"]["name"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # nothing that could be lost
+        if name != self.comparison.name:
+            raise UsageError(
+                f"{self.output} holds comparison {name}, not {self.comparison.name}: choose another --output"
+            )
 
     def evaluation(self, seed: int) -> Path:
         """Where the runs of a seed are measured."""
@@ -195,14 +211,21 @@ class Table:
             )
 
     def steps(self, label: str) -> int:
-        """How many steps of a method the budget pays for, at least one; fewer where the method says so."""
+        """How many steps of a method come nearest to the budget; fewer where the method says so.
+
+        UsageError where that is none.
+        """
         if label not in self._steps:
             config = self.comparison.resolve(label).config
             # What a step does goes by the configuration alone, so that all can share counts, which take seconds.
             self._counts = self._counts or count(config)
             plan = choose(self._counts, config, this_machine([], 1, 1))
             step = plan.forwards_per_step + GRADIENT_PASS * plan.gradient_passes_per_step
-            most = max(1, round(self.comparison.budget / step))
+            most = round(self.comparison.budget / step)
+            if most == 0:
+                raise UsageError(
+                    f"budget is {self.comparison.budget}: one step of {label} takes {step:,.0f}, so give at least that"
+                )
             self._steps[label] = min(most, self.comparison.method(label).steps or most)
         return self._steps[label]
 
@@ -363,7 +386,9 @@ def _do_all(table: Table, at_once: int, stop: StopRequest, say: Say) -> Ended:
     rates = table.rates()
     for method in table.comparison.methods:
         if method.label in rates:
-            say(f"{method.label}: lr {rates[method.label]:g}")
+            lr, (lowest, *_, highest) = rates[method.label], method.tuning.lr
+            end = {lowest: ", the lowest that was tried", highest: ", the highest that was tried"}.get(lr, "")
+            say(f"{method.label}: lr {lr:g}{end}")
         elif method.tuning:
             say(f"{method.label}: left out, since a trial of its learning rate failed: mend it, or take that rate out")
     cells = table.cells(rates)

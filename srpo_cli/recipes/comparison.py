@@ -19,15 +19,15 @@ from srpo_cli.errors import SrpoError
 from srpo_cli.metrics.aggregate import ALL, LEVEL, Measure, is_share, mean_absolute
 from srpo_cli.metrics.comparison import FEWEST_SEEDS, cost_at, farthest, over_seeds, p_over_seeds, ratio_over_seeds
 from srpo_cli.metrics.intervals import DRAWS, Interval, difference_interval, holm, interval, rate_interval, resample
-from srpo_cli.pages.writing import NONE, number
-from srpo_cli.recipes.compare import GRADIENT_PASS, Cell, Table
+from srpo_cli.pages.writing import MINUS, NONE, number
+from srpo_cli.recipes.compare import COMPARISON, GRADIENT_PASS, Cell, Table
 from srpo_cli.recipes.results import TABLE, Result, as_measure, markdown, markdown_table, read_result, shown
 from srpo_cli.recipes.score import to_images
 from srpo_cli.runtime.checkpoints import Checkpoint, list_checkpoints
 from srpo_cli.runtime.folder import write_atomically
 from srpo_cli.runtime.pictures import open_picture, save_grid
 
-COMPARISON, PAGE, GRID = "comparison.json", "table.md", "grid.png"
+PAGE, GRID = "table.md", "grid.png"
 
 _DISTANCE = "photo_distance"  # the measure by which pictures are near photographs, or far
 UNITS = {"passes": "forwards", "cpu_seconds": "CPU seconds"}
@@ -419,7 +419,7 @@ def tuning_rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
             "method": trial["label"],
             "lr": f"{trial['lr']:g}{' *' if trial['chosen'] else ''}",
             "chosen by": trial["by"].replace("_", " "),
-            **{name.replace("_", " "): number(trial["figures"].get(name)) for name in names},
+            **{name.replace("_", " "): number(trial["figures"].get(name)).replace(MINUS, "-") for name in names},
         }
         for trial in data["tuning"]
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srpo_cli.config.schema import TrainConfig
-from srpo_cli.metrics.intervals import Interval, mean_interval
+from srpo_cli.metrics.intervals import Interval, mean_interval, share_interval
 from srpo_cli.metrics.pictures import STATISTICS, picture_statistics
 from srpo_cli.miniature.oracle import Oracle, Reference
 from srpo_cli.miniature.world import LIGHTS, STYLE_WORDS, STYLES, parse
@@ -88,7 +88,7 @@ class Evaluator:
             if self._reference is None:
                 self._reference = self.oracle.reference(self._as_meant(self.prompts), self.round_trip, NOISE_SEED)
             shown = self._shows_word(self.oracle, pictures)
-            followed = {} if shown is None else {"word_followed": mean_interval(shown.float())}
+            followed = {} if shown is None else {"word_followed": share_interval(shown.float())}
             return {**self.oracle.judge(pictures, self._reference), **followed}
         statistics = picture_statistics(pictures)
         return {name: mean_interval(statistics[:, STATISTICS.index(name)]) for name in ("saturation", "grain")}

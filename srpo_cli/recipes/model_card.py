@@ -128,7 +128,7 @@ def model_card(
     ]
     if result["format"] == "extract":
         sections += ["## What the LoRA keeps", _kept(result)]
-    sections += ["## Limits", _bullets([*remarks, *_limits(base, config.algorithm)])]
+    sections += ["## Limits", _bullets([*remarks, *_limits(base, config)])]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
@@ -296,9 +296,10 @@ def _kept(result: Mapping[str, Any]) -> str:
     )
 
 
-def _limits(base: Base, algorithm: AlgorithmConfig) -> list[str]:
+def _limits(base: Base, config: TrainConfig) -> list[str]:
     model = "the miniature draws its own small world and nothing else." if base.name == "miniature" else None
-    judge = "one reward says of the control words" if algorithm.compares_words else "one reward likes"
+    rewards, s = ("one reward", "s") if len(config.reward.parts) == 1 else (f"{len(config.reward.parts)} rewards", "")
+    judge = f"{rewards} say{s} of the control words" if config.algorithm.compares_words else f"{rewards} like{s}"
     return [
         f"The weights were moved towards what {judge}, not towards what people say; "
         "figures above, where there are any, are all that was measured.",

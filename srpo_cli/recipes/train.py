@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srpo_cli.algorithms.base import Rollout
+from srpo_cli.algorithms.grpo import GRPO
 from srpo_cli.algorithms.judging import Captions
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
@@ -242,6 +243,8 @@ class Run:
         with ranks.together():  # all have their files before any waits for the others
             self.parts = self._make_parts(checkpoint, announce)
         self.model, self.algorithm = self.parts.model, self.parts.algorithm
+        if len(config.reward.parts) > 1:
+            self.say(f"reward: {self._reward}")
         self.encoded = self._encode_pictures()
         prepare_model(self.model, config, self.settings, self.device)
         self.data = self._data()
@@ -345,6 +348,12 @@ class Run:
             *dict.fromkeys(chain(*wrong)),
             *(text for word in words.all for text in words.texts(word, prompts)),
         ]
+
+    @property
+    def _reward(self) -> str:
+        """What is trained, in words."""
+        mixed = isinstance(self.algorithm, GRPO) and self.algorithm.mixed
+        return f"{self.parts.reward.name}{', their advantages added' if mixed else ''}"
 
     def _encode_pictures(self) -> EncodedPictures | None:
         if not self.pictures:
@@ -928,7 +937,7 @@ class Run:
             summary = stop.unless_asked(self._finish)
             if self.guard.watch:
                 self.guard.write(self._seconds)
-                write_training_report(self.folder.path, self.guard.to_json(self._seconds))
+                write_training_report(self.folder.path, self.guard.to_json(self._seconds), self._reward)
             return summary
 
     def _finish(self) -> dict[str, Any]:

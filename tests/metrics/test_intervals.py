@@ -15,12 +15,20 @@ from srpo_cli.metrics.intervals import (
     p_value,
     rate_interval,
     resample,
+    share_interval,
     wilson,
 )
 
 
 def test_the_interval_of_a_constant_is_a_point():
     assert mean_interval(torch.full((20,), 3.0)) == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_share_of_all_or_none_is_no_certainty(value):
+    assert share_interval(torch.full((20,), value)) == wilson(round(20 * value), 20)
+    mixed = torch.tensor([0.0, 1.0] * 10)
+    assert share_interval(mixed) == mean_interval(mixed)
 
 
 def test_the_interval_is_as_wide_as_the_normal_one():

@@ -65,9 +65,13 @@ def page(tmp_path):
             Image.new("RGB", (64, 32), "red").save(tmp_path / "samples" / f"step-{step:06d}.png")
         if summary:
             (tmp_path / "summary.json").write_text(json.dumps(summary))
-        return write_training_report(tmp_path, guard).read_text()
+        return write_training_report(tmp_path, guard, "miniature + 0.5 pickscore").read_text()
 
     return write
+
+
+def test_all_rewards_that_were_trained_are_named(collapsed, page):
+    assert "on the reward miniature + 0.5 pickscore, " in page(collapsed)
 
 
 def headings(text, level):

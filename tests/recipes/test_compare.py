@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -246,10 +247,6 @@ def test_steps_follow_from_the_budget_by_hand(story, table):
         assert read(story.folder / "runs" / label / "seed-1" / "summary.json")["steps"] == steps
 
 
-def test_a_budget_below_a_step_buys_one():
-    assert Table(comparison(budget=1), Path("nowhere")).steps("srpo") == 1
-
-
 def test_a_method_may_ask_for_fewer_steps_and_not_for_more():
     def steps(asked):
         own = {"label": "srpo", "preset": "realism", "set": SMALL, "checkpoints": 2, "steps": asked}
@@ -400,13 +397,33 @@ def refused(table: Table, kind: type[SrpoError] = UsageError) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("config.yaml", "model: {}", "is the folder of a training run"),
+        ("comparison.json", '{"comparison": {"name": "other"}}', "holds comparison other, not tiny"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(file, content, why, tmp_path):
+    (tmp_path / file).write_text(content)
+    said = refused(Table(comparison(), tmp_path))
+    assert said.startswith(str(tmp_path)) and why in said and "another --output" in said
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
+def test_a_budget_that_pays_for_no_step_is_refused_with_one_that_does(tmp_path):
+    assert re.search(
+        r"budget is 3: one step of refl takes \d+, so give at least", refused(Table(comparison(budget=3), tmp_path))
+    )
+
+
 @pytest.mark.parametrize("cell", ["tuning/refl/lr-1e-05", "runs/refl/seed-1", "runs/srpo/seed-1"])
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
         (
             lambda text: text.replace("batch_size: 2", "batch_size: 3"),
-            ["with other settings", "train.batch_size was 2 and is 3", "another --output"],
+            ["with other settings", "train.batch_size was 3 and is 2", "another --output"],
         ),
         (lambda text: text[:40] + "\n: [", ["is not YAML", "Remove"]),
     ],
