@@ -8,18 +8,16 @@ denoising branch alone. Its draws are SRPO's own with ``branches=("denoise",)``;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from srpo_cli.algorithms.base import Rollout
+from srpo_cli.algorithms.injection import Injection
 from srpo_cli.algorithms.judging import DirectMethod, Verdict
 from srpo_cli.core.recover import add_noise, recover
 from srpo_cli.core.schedule import expand_to
 from srpo_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from srpo_cli.algorithms.srpo import Injection
 
 
 class Recovery(NamedTuple):
@@ -35,7 +33,7 @@ class DirectAlign(DirectMethod):
 
     def recovery(self, rollout: Rollout, draws: Sequence[Injection]) -> Recovery:
         """Noise goes in, the model is called once for all draws, and what is left of the known noise comes out."""
-        repeated, injection = rollout.repeat(len(draws)), draws[0].join(draws).to(rollout.x_0.device)
+        repeated, injection = rollout.repeat(len(draws)), Injection.join(draws).to(rollout.x_0.device)
         x_0, eps = repeated.x_0.detach(), repeated.eps.detach()
         sigma, delta_sigma = expand_to(injection.sigma, x_0), expand_to(injection.delta_sigma, x_0)
         x_t = add_noise(x_0, eps, sigma)

@@ -13,9 +13,10 @@ from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.algorithms.direct_align import DirectAlign
 from srpo_cli.algorithms.draft import DRaFT, RenoisedDraws, TailDraws
 from srpo_cli.algorithms.grpo import GRPO, StepDraws
+from srpo_cli.algorithms.injection import Draws, ReferenceDraws, SigmaDraws
 from srpo_cli.algorithms.judging import DirectMethod, Judging
 from srpo_cli.algorithms.refl import LateDraws, ReFL
-from srpo_cli.algorithms.srpo import SRPO, Draws, ReferenceDraws, SigmaDraws
+from srpo_cli.algorithms.srpo import SRPO
 from srpo_cli.config.schema import AlgorithmConfig, TrainConfig
 from srpo_cli.core.relative import Branch
 from srpo_cli.core.sde import sde_step
@@ -29,7 +30,7 @@ M = TypeVar("M", bound=Judging)
 
 
 class AnyDraws(Protocol):
-    """Where a method takes its gradients; see :class:`srpo_cli.algorithms.srpo.Draws`."""
+    """Where a method takes its gradients; see :class:`srpo_cli.algorithms.injection.Draws`."""
 
     def pairs(self, generators: Sequence[torch.Generator], count: int) -> list[list[Any]]: ...
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from srpo_cli import __version__
-from srpo_cli.algorithms.srpo import SigmaDraws
+from srpo_cli.algorithms.injection import SigmaDraws
 from srpo_cli.config.schema import AlgorithmConfig
 from srpo_cli.core.recover import add_noise, recover
 from srpo_cli.core.relative import Branch

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from srpo_cli.algorithms.base import ControlWords, Rollout
-from srpo_cli.algorithms.srpo import SRPO, Injection, ReferenceDraws
+from srpo_cli.algorithms.injection import Injection, ReferenceDraws
+from srpo_cli.algorithms.srpo import SRPO
 from srpo_cli.core.schedule import shifted_sigmas, truncate_to_clock
 from srpo_cli.models.flux import Conditioning, Flux, _pack
 from srpo_cli.rewards.clip import ClipReward

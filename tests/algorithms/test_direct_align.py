@@ -23,7 +23,8 @@ from torch import Tensor
 
 from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.algorithms.direct_align import DirectAlign
-from srpo_cli.algorithms.srpo import SRPO, ReferenceDraws, SigmaDraws
+from srpo_cli.algorithms.injection import ReferenceDraws, SigmaDraws
+from srpo_cli.algorithms.srpo import SRPO
 from srpo_cli.errors import UsageError
 from srpo_cli.rewards.augment import Augment
 

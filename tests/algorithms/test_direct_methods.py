@@ -11,9 +11,9 @@ from linear_flow import SIZE, STEPS, generators, gradient, make_method, roll_out
 from srpo_cli.algorithms.alignprop import AlignProp, TruncationDraws
 from srpo_cli.algorithms.direct_align import DirectAlign
 from srpo_cli.algorithms.draft import DRaFT, RenoisedDraws
+from srpo_cli.algorithms.injection import SigmaDraws
 from srpo_cli.algorithms.judging import DirectMethod
 from srpo_cli.algorithms.refl import LateDraws, ReFL
-from srpo_cli.algorithms.srpo import SigmaDraws
 
 METHODS = {
     "refl": (ReFL, LateDraws((1, 4))),

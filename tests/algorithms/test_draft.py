@@ -22,8 +22,8 @@ from linear_flow import (
 
 from srpo_cli.algorithms.direct_align import DirectAlign
 from srpo_cli.algorithms.draft import DRaFT, Renoised, RenoisedDraws, Tail, TailDraws
+from srpo_cli.algorithms.injection import Injection
 from srpo_cli.algorithms.refl import Late, ReFL
-from srpo_cli.algorithms.srpo import Injection
 from srpo_cli.errors import UsageError
 
 DRAWS = RenoisedDraws(noises=2, include_last=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from srpo_cli.algorithms.base import ControlWords, Rollout
+from srpo_cli.algorithms.injection import Injection, ReferenceDraws, SigmaDraws
 from srpo_cli.algorithms.judging import Captions
-from srpo_cli.algorithms.srpo import SRPO, Injection, ReferenceDraws, SigmaDraws
+from srpo_cli.algorithms.srpo import SRPO
 from srpo_cli.core.recover import add_noise, recover
 from srpo_cli.core.sampling import euler_sample
 from srpo_cli.core.schedule import expand_to, shifted_sigmas
