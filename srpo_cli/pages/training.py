@@ -109,7 +109,7 @@ def _heading(guard: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str
         end = "Stopped" if stopped and collapsed["step"] < guard["plan"]["steps"] else "Collapsed"
         text = f"{end} at step {collapsed['step']}; step {best['step']} is the best"
     else:
-        text = f"Step {best['step']} is the best"
+        text = f"Step {best['step']} is the {'best' if len(guard['checkpoints']) > 1 else 'only checkpoint'}"
     return text if summary else f"{text} so far"
 
 
@@ -137,7 +137,8 @@ def _happened(guard: Mapping[str, Any]) -> str:
     checks = [check for check in guard["checks"] if check["z"]]
     if not checks:
         return "Nothing that was watched left its corridor, but no check was made: whether the run hacked is not known."
-    return f"Nothing that was watched left its corridor, at any of {len(checks)} checks."
+    when = "the one check" if len(checks) == 1 else f"any of {len(checks)} checks"
+    return f"Nothing that was watched left its corridor, at {when}."
 
 
 def _ended(summary: Mapping[str, Any] | None) -> str:

@@ -70,6 +70,21 @@ def page(tmp_path):
     return write
 
 
+def test_a_checkpoint_is_the_best_of_several_and_else_the_only_one(page):
+    calm = make_guard(slope=0.01)
+    only = calm | {"checkpoints": calm["checkpoints"][:1]}
+    best = calm["best"]["step"]
+    assert headings(page(calm), 1) == [f"Step {best} is the best"]
+    assert headings(page(only), 1) == [f"Step {best} is the only checkpoint"]
+
+
+@pytest.mark.parametrize(("count", "when"), [(1, "at the one check."), (2, "at any of 2 checks.")])
+def test_checks_are_counted(page, count, when):
+    calm = make_guard(slope=0.01)
+    checked = [check for check in calm["checks"] if check["z"]][:count]
+    assert when in page(calm | {"checks": checked, "warnings": []})
+
+
 def test_all_rewards_that_were_trained_are_named(collapsed, page):
     assert "on the reward miniature + 0.5 pickscore, " in page(collapsed)
 
