@@ -106,7 +106,7 @@ def given_of(run: Run, twin: bool = True) -> Given:
     _check(model, reward)
     transformer = copy.deepcopy(model.transformer) if twin else model.transformer
     words = run.algorithm.control_words
-    prompts = list(dict.fromkeys(run.prompts.batch(range(config.train.steps * run.batch))))
+    prompts = list(dict.fromkeys(run.prompts.trained_on))
     texts = [*prompts, *(text for word in words.all for text in words.texts(word, prompts))]
     return Given(
         config=config,

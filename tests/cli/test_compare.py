@@ -9,7 +9,7 @@ import pytest
 TINY = """
 name: tiny
 description: a method for a moment
-budget: 1
+budget: 10
 seeds: [3]
 prompts: 4
 columns: [photo_distance, photo_rate]
@@ -67,7 +67,7 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(srpo, preset):
         assert words[:2] == ["srpo", "train"]
         assert words[words.index("--output") + 1] == f"evals/tiny/{folder}"
     (told,) = outcome.stderr.splitlines()
-    assert told.startswith("2 runs to choose learning rates by and 1 of the table, of about 1 forwards each, or fewer")
+    assert told.startswith("2 runs to choose learning rates by and 1 of the table, of about 10 forwards each, ")
     assert not list(Path().iterdir())
 
 
