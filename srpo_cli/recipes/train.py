@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srpo_cli.algorithms.base import Rollout
-from srpo_cli.algorithms.grpo import GRPO
 from srpo_cli.algorithms.judging import Captions
 from srpo_cli.config.load import Resolved, dump_yaml
 from srpo_cli.config.schema import TrainConfig
@@ -243,14 +242,14 @@ class Run:
         with ranks.together():  # all have their files before any waits for the others
             self.parts = self._make_parts(checkpoint, announce)
         self.model, self.algorithm = self.parts.model, self.parts.algorithm
-        if len(config.reward.parts) > 1:
-            self.say(f"reward: {self._reward}")
         self.encoded = self._encode_pictures()
         prepare_model(self.model, config, self.settings, self.device)
         self.data = self._data()
         self.trained = hold(self.parts.loaded, config, self.settings, ranks)
         self.drawing = Drawing(self.parts, config, self.trained)
         self.policy = self.drawing.policy
+        if len(config.reward.parts) > 1:
+            self.say(f"reward: {self._reward}")
         self.model.use_attention(config.model.attention)
         self.average = self._make_average()
         self.weights = Weights(config, self.model, self.trained, self.average)
@@ -352,8 +351,8 @@ class Run:
     @property
     def _reward(self) -> str:
         """What is trained, in words."""
-        mixed = isinstance(self.algorithm, GRPO) and self.algorithm.mixed
-        return f"{self.parts.reward.name}{', their advantages added' if mixed else ''}"
+        added = ", their advantages added" if self.policy and self.policy.mixed else ""
+        return f"{self.parts.reward.name}{added}"
 
     def _encode_pictures(self) -> EncodedPictures | None:
         if not self.pictures:

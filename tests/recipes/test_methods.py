@@ -274,6 +274,13 @@ def test_of_two_rewards_advantages_are_added_in_dance_grpo_and_rewards_in_flow_g
     torch.testing.assert_close(given.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("variant", "added"), [("direct-align", ""), ("dance-grpo", ", their advantages added")])
+def test_rewards_that_are_trained_together_are_told(variant, added, srpo, tmp_path):
+    settings = ('reward.others={"miniature:clip": 0.5}', "rollout.steps=2", "algorithm.pairs=1")
+    outcome = srpo(*command(variant, tmp_path / "run", *settings, steps=1))
+    assert f"reward: miniature + 0.5 miniature:clip{added}" in outcome.stderr.splitlines()
+
+
 def test_updates_once_for_all_of_a_rollout_never_leave_the_policy_that_made_it(run):
     passes = seen_by(run("dance-grpo", "algorithm.update=rollout"))["passes"]
     assert [each["lot"] for each in passes] == [0, 1, 0, 1]
