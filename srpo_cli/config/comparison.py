@@ -44,6 +44,10 @@ class Tuning(Section):
         better = self.better or ("lower" if self.by == "photo_distance" else "higher")
         return figure if better == "higher" else -figure
 
+    def end(self, lr: float) -> Literal["lowest", "highest"] | None:
+        """Which end of the ladder a rate is at, beyond which a better one may lie; None: at neither."""
+        return {self.lr[0]: "lowest", self.lr[-1]: "highest"}.get(lr)
+
     @field_validator("lr")
     @classmethod
     def _rising(cls, lr: tuple[float, ...]) -> tuple[float, ...]:

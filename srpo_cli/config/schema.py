@@ -460,6 +460,11 @@ class AlgorithmConfig(Section):
         return self.relative or self.name == "srpo"
 
     @property
+    def target_asks(self) -> bool:
+        """Whether the target is set by pictures of the untrained model that it is asked for the positive word for."""
+        return self.target == "auto" or self.holds_captions
+
+    @property
     def holds_captions(self) -> bool:
         """Whether pictures are held to their prompts on the way to the target."""
         if self.captions == "auto":

@@ -386,9 +386,9 @@ def _do_all(table: Table, at_once: int, stop: StopRequest, say: Say) -> Ended:
     rates = table.rates()
     for method in table.comparison.methods:
         if method.label in rates:
-            lr, (lowest, *_, highest) = rates[method.label], method.tuning.lr
-            end = {lowest: ", the lowest that was tried", highest: ", the highest that was tried"}.get(lr, "")
-            say(f"{method.label}: lr {lr:g}{end}")
+            lr = rates[method.label]
+            end = method.tuning.end(lr)
+            say(f"{method.label}: lr {lr:g}{f', the {end} that was tried' if end else ''}")
         elif method.tuning:
             say(f"{method.label}: left out, since a trial of its learning rate failed: mend it, or take that rate out")
     cells = table.cells(rates)

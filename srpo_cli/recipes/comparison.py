@@ -236,12 +236,14 @@ def _distances(pictures: pd.DataFrame, model: str, columns: Sequence[str]) -> Te
 
 def _tuning(table: Table, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """A record for every finished trial, with all figures that rates could have been chosen by."""
+    tunings = {method.label: method.tuning for method in table.comparison.methods}
     return [
         {
             "label": cell.label,
             "lr": cell.lr,
+            "end": tunings[cell.label].end(cell.lr),
             "chosen": cell.lr == rates.get(cell.label),
-            "by": table.comparison.method(cell.label).tuning.by,
+            "by": tunings[cell.label].by,
             "figures": {name: _finite(figure["mean"]) for name, figure in cell.summary()["tuned"].items()},
         }
         for cell in table.trials
@@ -427,10 +429,7 @@ def tuning_rows(data: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def unbracketed(data: Mapping[str, Any]) -> list[str]:
     """The methods whose rate is the lowest or highest that was tried."""
-    ladders: dict[str, list[bool]] = {}
-    for trial in data["tuning"]:
-        ladders.setdefault(trial["label"], []).append(trial["chosen"])
-    return [label for label, chosen in ladders.items() if chosen[0] or chosen[-1]]
+    return [trial["label"] for trial in data["tuning"] if trial["chosen"] and trial["end"]]
 
 
 class Part(NamedTuple):

@@ -109,8 +109,7 @@ class Plan:
             return math.ceil(pictures / ranks) * ranks * config.rollout.steps
 
         # A target draws base pictures in any case, and asked ones where it or captions need them: the guard looks on.
-        asks = config.algorithm.target == "auto" or config.algorithm.holds_captions
-        kinds = 0 if asks else 2 if config.algorithm.target is None else 1
+        kinds = 0 if config.algorithm.target_asks else 2 if config.algorithm.target is None else 1
         part = _FOR_CALIBRATION_OF_GIVEN if given else _FOR_CALIBRATION
         looks = _LEAST_DRAWS * cost(_PANEL) if given else 0.0
         most = min(part * budget, budget - looks)

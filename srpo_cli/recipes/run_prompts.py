@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 from srpo_cli.algorithms.base import ControlWords
 from srpo_cli.config.schema import TrainConfig
@@ -49,7 +50,7 @@ class RunPrompts:
         for number in range(self.config.train.steps * self.batch):
             yield from self.of([number])
 
-    @property
+    @cached_property
     def judged(self) -> list[str]:
         """Every prompt whose pictures the reward is asked about in training, once."""
         return list(dict.fromkeys([*self.trained_on, *self.calibration, *self.panel]))
@@ -57,8 +58,7 @@ class RunPrompts:
     @property
     def asks(self) -> bool:
         """Whether the untrained model is asked for the positive word."""
-        algorithm = self.config.algorithm
-        return algorithm.target == "auto" or algorithm.holds_captions or self.watched > 0
+        return self.config.algorithm.target_asks or self.watched > 0
 
     @property
     def encoded(self) -> Iterator[str]:

@@ -623,8 +623,15 @@ def test_p_values_are_corrected_in_a_family_of_what_has_a_better_side_and_one_of
 
 
 def test_a_rate_at_an_end_of_its_ladder_is_named():
-    trials = {"low": (1, 0, 0), "inside": (0, 1, 0), "high": (0, 0, 1), "none": (0, 0)}
-    data = {"tuning": [{"label": label, "chosen": bool(each)} for label, own in trials.items() for each in own]}
+    ladder = Tuning(lr=[1e-5, 2e-5, 5e-5], by="reward")
+    chosen = {"low": 1e-5, "inside": 2e-5, "high": 5e-5, "none": None}
+    data = {
+        "tuning": [
+            {"label": label, "end": ladder.end(lr), "chosen": lr == own}
+            for label, own in chosen.items()
+            for lr in ladder.lr
+        ]
+    }
     assert unbracketed(data) == ["low", "high"]
 
 
